@@ -1,0 +1,50 @@
+"""repro-sweep: a distributed sweep launcher for Hydra applications.
+
+In a task function: :func:`report`, :func:`artifact_dir`, :func:`checkpoint_dir`, :class:`TrialPruned`.
+Afterwards, on any machine that sees the MLflow server: :func:`best_trial`, :func:`leaderboard`, :func:`trials`.
+All of them are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from repro_sweep.errors import ReproSweepError, TrialPruned
+    from repro_sweep.ranking import Trial, best_trial, leaderboard, trials
+    from repro_sweep.states import TrialState
+    from repro_sweep.worker.trial import artifact_dir, checkpoint_dir, report
+
+__all__ = [
+    "ReproSweepError",
+    "Trial",
+    "TrialPruned",
+    "TrialState",
+    "artifact_dir",
+    "best_trial",
+    "checkpoint_dir",
+    "leaderboard",
+    "report",
+    "trials",
+]
+
+_HOMES = {
+    "repro_sweep.errors": ("ReproSweepError", "TrialPruned"),
+    "repro_sweep.ranking": ("Trial", "best_trial", "leaderboard", "trials"),
+    "repro_sweep.states": ("TrialState",),
+    "repro_sweep.worker.trial": ("artifact_dir", "checkpoint_dir", "report"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'repro_sweep' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,70 @@
+"""Group commit: many coroutines' changes to the ledger in one transaction, each told when it is durable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from repro_sweep.ledger import Ledger
+
+_T = TypeVar("_T")
+_Change = Callable[[Ledger], Any]
+
+
+class Journal:
+    """Serialises all use of a ledger in one thread. Owned by the coordinator's event loop.
+
+    While one batch is being committed, the next one gathers; so the cost of a sync to disk is shared by all that wait.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
+        self._pending: list[tuple[_Change, asyncio.Future[Any]]] = []
+        self._committing: asyncio.Task[None] | None = None
+
+    async def write(self, change: Callable[[Ledger], _T]) -> _T:
+        """Apply a change and return its result when it is durable.
+
+        Raises:
+            LedgerError: it could not be written; nothing of its batch was.
+        """
+        future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        self._pending.append((change, future))
+        if self._committing is None:
+            self._committing = asyncio.create_task(self._commit_all())
+        return await future
+
+    async def close(self) -> None:
+        """Wait for what is pending, then close the ledger."""
+        if self._committing is not None:
+            await self._committing
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._ledger.close)
+        self._thread.shutdown()
+
+    async def _commit_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._pending:
+            batch, self._pending = self._pending, []
+            try:
+                results = await loop.run_in_executor(self._thread, self._apply, [change for change, _ in batch])
+            except Exception as error:  # noqa: BLE001  (handed to every caller of the batch)
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+            else:
+                for (_, future), result in zip(batch, results, strict=True):
+                    if not future.done():
+                        future.set_result(result)
+        self._committing = None
+
+    def _apply(self, changes: list[_Change]) -> list[Any]:
+        try:
+            results = [change(self._ledger) for change in changes]
+            self._ledger.commit()
+        except BaseException:
+            self._ledger.rollback()
+            raise
+        return results

@@ -1,0 +1,142 @@
+"""The messages between workers and their coordinator: JSON over HTTP, one pydantic model each way.
+
+==============  ========================  =======================  ==========================================
+path            request                   reply                    meaning
+==============  ========================  =======================  ==========================================
+/register       :class:`Register`         :class:`Registered`      a worker offers its slots
+/claim          :class:`Claim`            :class:`Claimed`         a free slot asks for a trial (waits for one)
+/report         :class:`Reports`          :class:`Acknowledged`    metrics that running trials reported
+/finish         :class:`Finish`           :class:`Acknowledged`    an attempt ended
+/heartbeat      :class:`Heartbeat`        :class:`Acknowledged`    the worker lives, and what it runs
+/run            :class:`RunRequest`       :class:`RunReference`    the MLflow run of a trial that uses MLflow
+==============  ========================  =======================  ==========================================
+
+Every message carries the id of the attempt it is about, which the worker makes up when it claims, so each may be
+repeated without harm when its reply was lost: a repeated claim gets the same trial, a repeated report or finish is
+recorded once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from repro_sweep.states import FailureKind, TrialState
+
+VERSION = 1
+
+Metrics = dict[str, float]
+
+
+class Message(BaseModel):
+    """Base of all messages; an unknown field is an error; NaN and the infinities are allowed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class Register(Message):
+    """A worker offers ``slots`` slots; ``gpus[slot]`` are the devices that the slot's trials see."""
+
+    worker: str
+    host: str
+    pid: int
+    slots: Annotated[int, Field(ge=1)]
+    gpus: tuple[tuple[str, ...], ...] = ()
+    version: int = VERSION
+
+
+class Registered(Message):
+    """The sweep's record as JSON (``sweep.SweepSpec``)."""
+
+    spec: str
+
+
+class Claim(Message):
+    """Slot ``slot`` is free; ``attempt`` is the id that the attempt shall have; wait at most ``wait_s`` for one."""
+
+    worker: str
+    slot: int
+    attempt: str
+    wait_s: Annotated[float, Field(ge=0, le=60)] = 20.0
+
+
+class Assignment(Message):
+    """A trial to run: its number, absolute directory, Hydra overrides, and the config frozen at submission as YAML.
+
+    ``ordinal`` counts the trial's attempts from 0.
+    """
+
+    attempt: str
+    trial: int
+    ordinal: int
+    directory: str
+    overrides: tuple[str, ...]
+    config: str
+
+
+class Claimed(Message):
+    """``assignment`` to run, or None: ask again, unless ``over`` (no trial will come any more)."""
+
+    assignment: Assignment | None = None
+    over: bool = False
+
+
+class Report(Message):
+    """Metrics at one step of one attempt; ``seq`` counts an attempt's reports from 0; ``time`` is seconds UTC."""
+
+    attempt: str
+    seq: int
+    step: int
+    time: float
+    metrics: Metrics
+
+
+class Reports(Message):
+    """Reports of any of the worker's attempts, each attempt's in order."""
+
+    worker: str
+    reports: tuple[Report, ...]
+
+
+class Finish(Message):
+    """An attempt ended. ``metrics`` are its final ones. It carries the reports that were not yet sent.
+
+    ``metric_missing``: the task ended well but does not return the sweep's metric, nor will any other trial.
+    """
+
+    worker: str
+    attempt: str
+    state: TrialState
+    kind: FailureKind | None = None
+    message: str | None = None
+    metrics: Metrics = {}
+    metric_missing: bool = False
+    ended_at: float
+    reports: tuple[Report, ...] = ()
+
+
+class Heartbeat(Message):
+    """The worker lives. ``leaving``: it has no attempt any more and will exit."""
+
+    worker: str
+    attempts: tuple[str, ...] = ()
+    leaving: bool = False
+
+
+class Acknowledged(Message):
+    """What was received is recorded."""
+
+
+class RunRequest(Message):
+    """The trial of this attempt logs to MLflow by itself and needs its run."""
+
+    attempt: str
+
+
+class RunReference(Message):
+    """A run in MLflow; ``error`` is set instead when it could not be had."""
+
+    run_id: str | None = None
+    uri: str | None = None
+    error: str | None = None

@@ -1,0 +1,123 @@
+"""What a sweep is, frozen when it is submitted: the one record from which a coordinator and its workers run.
+
+It is stored as JSON in the ledger. Nothing here needs the user's code.
+"""
+
+from __future__ import annotations
+
+import socket
+from getpass import getuser
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from repro_sweep.states import Direction
+
+
+class Record(BaseModel):
+    """Base of the frozen JSON records; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class TaskSpec(Record):
+    """Where the task function is found by a process that has none of the front door's state.
+
+    ``module`` is imported by its dotted name; ``file`` (a script that was run as ``__main__``) is imported
+    under a module name of its own. Exactly one of them is set. ``qualname`` is looked up in it, and a function
+    decorated with ``hydra.main`` is unwrapped. ``sys_path`` holds the entries to put before the interpreter's own.
+    """
+
+    module: str | None = None
+    file: str | None = None
+    qualname: str
+    cwd: str
+    sys_path: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Dotted name for messages and for the identity; the same wherever the project's folder lies."""
+        return f"{self.module or Path(self.file or '').stem}.{self.qualname}"
+
+
+class Composition(Record):
+    """What a process needs to compose a trial's config as Hydra did at submission (see ``config.compose``)."""
+
+    config_name: str | None
+    search_path: tuple[tuple[str, str], ...]
+    hydra_overrides: tuple[str, ...]
+    job_name: str
+    version_base: str | None
+    now: tuple[tuple[str, str], ...] = ()
+    strip: tuple[str, ...] = ("sweep",)
+
+
+class Resources(Record):
+    """What one trial is given. ``gpus`` may be a fraction (several trials on one GPU); memory is in GB."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    mem_gb: float | None = None
+
+    @property
+    def threads(self) -> int:
+        """How many threads the trial's numeric libraries may use."""
+        return max(1, int(self.cpus))
+
+
+class Tracking(Record):
+    """The MLflow store: its URI and the name of the experiment."""
+
+    uri: str
+    experiment: str
+
+
+class Origin(Record):
+    """Who submitted the sweep, where and from what."""
+
+    user: str
+    host: str
+    command: str
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+
+    @classmethod
+    def here(cls, command: str, *, git_commit: str | None, git_dirty: bool | None) -> Origin:
+        """The origin of a sweep submitted by this process."""
+        try:
+            user = getuser()
+        except (KeyError, OSError):  # a container's user id without a name
+            user = "unknown"
+        host = socket.gethostname()
+        return cls(user=user, host=host, command=command, git_commit=git_commit, git_dirty=git_dirty)
+
+
+class SweepSpec(Record):
+    """A submitted sweep.
+
+    ``directory`` is absolute. ``metric`` is None when the sweep names none. ``executor`` holds the options of the
+    executor named ``executor_name``. ``repeats`` are the keys over which results are averaged. ``created_at`` is
+    seconds UTC.
+    """
+
+    sweep_id: str
+    name: str
+    directory: str
+    task: TaskSpec
+    composition: Composition
+    resources: Resources
+    tracking: Tracking
+    origin: Origin
+    metric: str | None
+    direction: Direction
+    executor_name: str
+    executor: dict[str, object]
+    sampler: str
+    max_failures: int | None
+    log_limit_mb: float
+    created_at: float
+    repeats: tuple[str, ...] = ()
+
+    def trial_directory(self, directory: str) -> Path:
+        """Absolute path of a trial's directory, from the ``directory`` that the ledger holds for it."""
+        return Path(self.directory) / directory
