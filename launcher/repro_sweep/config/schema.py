@@ -1,0 +1,83 @@
+"""The typed ``sweep`` and ``hydra.sweeper`` nodes and their place in Hydra's ConfigStore.
+
+``sweep/base_sweep`` is the schema that a sweep's YAML names first in its defaults; ``sweep/default`` is a complete,
+empty sweep for use without a file (``+sweep=default``). Unknown keys and wrong types are Hydra's own errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from repro_sweep.executors import base as executors
+from repro_sweep.search import base as searchers
+
+
+@dataclass
+class ResourcesConf:
+    """What one trial is given.
+
+    ``gpus_per_trial``: null means one where the machine has GPUs, else none; below 1, several trials share a GPU.
+    ``cpus_per_trial`` also limits the threads of the numeric libraries.
+    """
+
+    gpus_per_trial: float | None = None
+    cpus_per_trial: float = 1.0
+    mem_gb_per_trial: float | None = None
+
+
+@dataclass
+class TrackingConf:
+    """The MLflow store: null means MLFLOW_TRACKING_URI, else ``mlflow.db`` here; the experiment has the sweep's name."""
+
+    uri: str | None = None
+    experiment: str | None = None
+
+
+@dataclass
+class SweepConf:
+    """The options of a sweep, as ``docs/sweep.md`` explains them."""
+
+    name: str | None = None
+    task: str | None = None
+    metric: str | None = None
+    direction: str = "maximize"
+    params: Any = None
+    zip: list[list[str]] = field(default_factory=list)
+    exclude: list[dict[str, Any]] = field(default_factory=list)
+    repeats: dict[str, Any] = field(default_factory=dict)
+    resources: ResourcesConf = field(default_factory=ResourcesConf)
+    tracking: TrackingConf = field(default_factory=TrackingConf)
+    sampler: Any = MISSING
+    executor: Any = MISSING
+    max_failures: int | None = None
+    log_limit_mb: float = 20.0
+
+
+@dataclass
+class SweeperConf:
+    """``hydra.sweeper``: ``params`` as in Hydra's own basic sweeper; ``plan`` shows the trials and starts none."""
+
+    _target_: str = "hydra_plugins.repro_sweep.sweeper.ReproSweeper"
+    params: dict[str, Any] = field(default_factory=dict)
+    plan: bool = False
+
+
+def register() -> None:
+    """Put the schemas into the ConfigStore (again, without harm)."""
+    store = ConfigStore.instance()
+    store.store(group="hydra/sweeper", name="repro_sweep", node=SweeperConf, provider="repro_sweep")
+    store.store(group="sweep", name="base_sweep", node=SweepConf, provider="repro_sweep")
+    store.store(
+        group="sweep",
+        name="default",
+        node={"defaults": ["base_sweep", {"sampler": "grid"}, {"executor": "local"}, "_self_"]},
+        provider="repro_sweep",
+    )
+    for name, conf in executors.options().items():
+        store.store(group="sweep/executor", name=name, node=conf, provider="repro_sweep")
+    for name, conf in searchers.options().items():
+        store.store(group="sweep/sampler", name=name, node=conf, provider="repro_sweep")

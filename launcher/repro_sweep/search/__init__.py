@@ -1,0 +1,1 @@
+"""The searchers: each is one file that says which point of the space is tried next."""

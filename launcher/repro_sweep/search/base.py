@@ -1,0 +1,103 @@
+"""What a searcher is, and how one is found by its name.
+
+A searcher decides which point is tried next. A new one is a module in this folder, named as it is chosen in
+``sweep/sampler=NAME``, or an entry point in the group ``repro_sweep.searchers`` that refers to such a
+module. Either has two names: ``OPTIONS``, the dataclass of its typed options (put into Hydra's
+ConfigStore), and ``SEARCHER``, its class. Nothing here may import Hydra, Optuna or the space.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+
+from repro_sweep.errors import SpaceError
+from repro_sweep.points import Point
+from repro_sweep.states import TrialState
+
+ENTRY_POINT_GROUP = "repro_sweep.searchers"
+
+
+class Searcher(ABC):
+    """Hands out points and learns what became of them.
+
+    It belongs to the coordinator, lives in its process only, and is called from one thread; it needs no
+    locks and must not block for long, as no slot gets a trial meanwhile. It keeps nothing on disk: after a
+    restart the coordinator makes a new one and tells it again what the ledger knows.
+    """
+
+    @abstractmethod
+    def ask(self) -> Point | None:
+        """The next point to try, or None if there is none (any more: it stays so).
+
+        Raises:
+            SpaceError: the space turns out to be empty.
+        """
+
+    @abstractmethod
+    def tell(self, number: int, state: TrialState, values: Sequence[float] | None) -> None:
+        """Trial ``number``, which is finished, came to ``state``; ``values`` are its metrics if it has any.
+
+        ``number`` counts the points that :meth:`ask` returned, from 0. A trial is told once, in any order.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """A searcher that was found: its name, its dataclass of options, and its class."""
+
+    name: str
+    options: type
+    searcher: type[Searcher]
+
+
+def names() -> tuple[str, ...]:
+    """The names of all searchers, sorted; none is imported for it."""
+    return tuple(sorted({*_modules(), *_entry_points()}))
+
+
+def load(name: str) -> Sampler:
+    """Find the searcher that is called ``name``; a module of this folder goes before an entry point.
+
+    Raises:
+        SpaceError: there is none, or what there is does not define ``OPTIONS`` and ``SEARCHER``.
+    """
+    if name in _modules():
+        module: ModuleType = importlib.import_module(f"{__package__}.{name}")
+    elif (entry := _entry_points().get(name)) is not None:
+        module = entry.load()
+    else:
+        raise SpaceError(f"sweep.sampler: {name!r} is not a sampler ({', '.join(names())})")
+    options, searcher = getattr(module, "OPTIONS", None), getattr(module, "SEARCHER", None)
+    if not (isinstance(options, type) and is_dataclass(options)):
+        raise SpaceError(
+            f"sweep.sampler: {name!r}: {module.__name__}.OPTIONS must be a dataclass, got {options!r}"
+        )
+    if not (isinstance(searcher, type) and issubclass(searcher, Searcher)):
+        raise SpaceError(
+            f"sweep.sampler: {name!r}: {module.__name__}.SEARCHER must be a Searcher, got {searcher!r}"
+        )
+    return Sampler(name=name, options=options, searcher=searcher)
+
+
+def options() -> dict[str, type]:
+    """The dataclass of options of every searcher, by name.
+
+    Raises:
+        SpaceError: a searcher does not define what it must.
+    """
+    return {name: load(name).options for name in names()}
+
+
+def _modules() -> frozenset[str]:
+    package = importlib.import_module(__package__ or "repro_sweep.search")
+    return frozenset(module.name for module in pkgutil.iter_modules(package.__path__)) - {"base"}
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
