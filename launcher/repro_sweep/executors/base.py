@@ -1,0 +1,112 @@
+"""The port for executors: start and stop workers somewhere, and say how they are. Nothing else.
+
+Workers pull their trials from the coordinator, so an executor never sees a trial. A new executor is one file in this
+folder, or a module that an entry point of the group ``repro_sweep.executors`` refers to. It has two names: ``OPTIONS``,
+a dataclass with the typed options of ``sweep/executor=<name>``, and ``EXECUTOR``, a class made from a
+:class:`Context` and these options.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import ModuleType
+
+from repro_sweep import plugins
+from repro_sweep.errors import SweepError
+from repro_sweep.sweep import SweepSpec
+
+ENTRY_POINT_GROUP = "repro_sweep.executors"
+_PACKAGE = "repro_sweep.executors"
+
+
+class WorkerState(StrEnum):
+    """How a worker is, as its executor sees it. Unknown is alive: only what surely ended has ended."""
+
+    ALIVE = "ALIVE"
+    ENDED = "ENDED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """A worker's state; ``detail`` says in one line why it ended."""
+
+    state: WorkerState
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What an executor gets: the sweep, and the Unix socket at which its coordinator listens."""
+
+    spec: SweepSpec
+    socket: str
+
+
+class Executor(ABC):
+    """Starts and stops workers.
+
+    Owned by the coordinator; all methods are called from one thread, one at a time, and must not block for long.
+    """
+
+    def describe(self) -> str:
+        """What it offers, in a few words, for ``repro-sweep plan``."""
+        return type(self).__name__
+
+    @abstractmethod
+    def wanted(self, trials: int) -> int:
+        """How many workers would be useful while ``trials`` trials are waiting or running."""
+
+    @abstractmethod
+    def start(self, count: int) -> list[str]:
+        """Start workers; returns their new ids.
+
+        Raises:
+            SweepError: they cannot be started at all (not: they end soon, which :meth:`poll` says).
+        """
+
+    @abstractmethod
+    def poll(self) -> Mapping[str, WorkerStatus]:
+        """The status of every worker started so far, in one look."""
+
+    @abstractmethod
+    def stop(self, workers: Iterable[str]) -> None:
+        """Ask workers to end: they kill their trials and leave. Returns at once."""
+
+    @abstractmethod
+    def close(self, timeout_s: float) -> None:
+        """End whatever is still there, by force after ``timeout_s``; returns when nothing is left."""
+
+
+def load(name: str) -> ModuleType:
+    """The module of an executor.
+
+    Raises:
+        SweepError: there is none of that name.
+    """
+    module = plugins.load(_PACKAGE, ENTRY_POINT_GROUP, name)
+    if module is None:
+        raise SweepError(f"sweep/executor: '{name}' is not an executor ({', '.join(_names())})")
+    return module
+
+
+def create(spec: SweepSpec, socket: str = "") -> Executor:
+    """The executor of a sweep; nothing is started yet.
+
+    Raises:
+        SweepError: its options cannot be met.
+    """
+    module = load(spec.executor_name)
+    executor: Executor = module.EXECUTOR(Context(spec=spec, socket=socket), module.OPTIONS(**spec.executor))
+    return executor
+
+
+def options() -> dict[str, type]:
+    """The options dataclass of every executor, by name."""
+    return {name: load(name).OPTIONS for name in _names()}
+
+
+def _names() -> tuple[str, ...]:
+    return plugins.names(_PACKAGE, ENTRY_POINT_GROUP)

@@ -1,0 +1,1 @@
+"""Where a trial comes from: its source, its environment."""

@@ -1,0 +1,80 @@
+"""The coordinator's HTTP side: FastAPI on a Unix socket that only the user can open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import uvicorn
+from fastapi import FastAPI
+
+from repro_sweep import protocol
+
+
+class Handlers(Protocol):
+    """What the coordinator answers; one method a path of :mod:`repro_sweep.protocol`."""
+
+    async def register(self, message: protocol.Register) -> protocol.Registered: ...
+    async def claim(self, message: protocol.Claim) -> protocol.Claimed: ...
+    async def report(self, message: protocol.Reports) -> protocol.Acknowledged: ...
+    async def finish(self, message: protocol.Finish) -> protocol.Acknowledged: ...
+    async def heartbeat(self, message: protocol.Heartbeat) -> protocol.Acknowledged: ...
+    async def run_reference(self, message: protocol.RunRequest) -> protocol.RunReference: ...
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to the coordinator."""
+        yield
+
+
+class Server:
+    """Serves a coordinator's handlers from :meth:`start` to :meth:`stop`."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="repro-sweep-")  # short enough for a socket's path
+        self.path = str(Path(self._folder.name) / "coordinator.sock")
+        config = uvicorn.Config(
+            _app(handlers), log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=3600,
+            timeout_graceful_shutdown=1,
+        )  # fmt: skip
+        self._server = _Uvicorn(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen; returns when connections are accepted."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(self.path)
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0.01)
+        if self._task.done():
+            self._task.result()
+
+    async def stop(self) -> None:
+        """Stop listening and remove the socket."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+        self._folder.cleanup()
+
+
+def _app(handlers: Handlers) -> FastAPI:
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    paths: dict[str, Callable[..., Awaitable[object]]] = {
+        "/register": handlers.register,
+        "/claim": handlers.claim,
+        "/report": handlers.report,
+        "/finish": handlers.finish,
+        "/heartbeat": handlers.heartbeat,
+        "/run": handlers.run_reference,
+    }
+    for path, handler in paths.items():
+        app.add_api_route(path, handler, methods=["POST"])
+    return app

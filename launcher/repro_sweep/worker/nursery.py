@@ -1,0 +1,172 @@
+"""Starts trials for an agent, through the zygote or, where forking is unsafe, in a new process each.
+
+An agent's slots call it from their threads; one thread of its own reads the zygote's messages.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from repro_sweep.worker import wire
+
+
+@dataclass(slots=True)
+class Child:
+    """A trial's process. ``ended`` is an eventfd that becomes readable when it is over."""
+
+    attempt: str
+    ended: int
+    pid: int | None = None
+    status: int | None = None
+    refused: str | None = None
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def over(self, status: int | None = None, refused: str | None = None) -> None:
+        """Set the end and wake the slot."""
+        self.status, self.refused = status, refused
+        os.eventfd_write(self.ended, 1)
+
+
+class Nursery:
+    """The zygote and the trials that it forked."""
+
+    def __init__(self, spec: str) -> None:
+        self._spec = spec
+        self._lock = threading.Lock()
+        self._children: dict[str, Child] = {}
+        self._ready = threading.Event()
+        self._hazard: str | None = None
+        self._failed: str | None = None
+        self._closing = False
+        self._process, self._sock = _start(spec)
+        threading.Thread(target=self._read, daemon=True, name="zygote").start()
+
+    @property
+    def hazard(self) -> str | None:
+        """Why trials are not forked, once the zygote is ready."""
+        return self._hazard
+
+    def wait_ready(self) -> None:
+        """Block until the task has been imported, or its import has failed."""
+        self._ready.wait()
+
+    def start(self, request: Mapping[str, Any], channel: int, output: int) -> Child:
+        """Start a trial; blocks until the task has been imported. The descriptors stay the caller's to close."""
+        child = Child(attempt=request["run"], ended=os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self._ready.wait()
+        with self._lock:
+            if self._failed is not None:
+                child.over(refused=self._failed)
+            elif self._hazard is None:
+                self._children[child.attempt] = child
+                try:
+                    wire.send(self._sock, dict(request), [channel, output])
+                except OSError as error:
+                    child.over(refused=f"the worker's zygote is gone: {error}")
+        if self._failed is None and self._hazard is not None:
+            self._start_inline(child, request, channel, output)
+        return child
+
+    def kill(self, child: Child) -> None:
+        """Kill a trial with everything it started."""
+        if child.process is not None:
+            _kill_group(child.process.pid)
+            return
+        with self._lock:
+            if child.attempt in self._children:
+                try:
+                    wire.send(self._sock, {"kill": child.attempt})
+                except OSError:
+                    pass  # the zygote is gone, and took its children with it
+
+    def close(self) -> None:
+        """End the zygote and wait for it."""
+        self._closing = True
+        self._sock.shutdown(socket.SHUT_RDWR)
+        self._process.wait()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message, _ = wire.receive(self._sock)
+            except OSError:
+                message = None
+            if message is None:
+                break
+            self._take(message)
+        self._process.wait()
+        with self._lock:
+            children, self._children = list(self._children.values()), {}
+            if not self._ready.is_set():
+                self._failed = "the process that imports the task died (see the worker's worker.log)"
+            elif self._hazard is None and self._failed is None and not self._closing:
+                self._ready.clear()
+                self._process, self._sock = _start(self._spec)
+                threading.Thread(target=self._read, daemon=True, name="zygote").start()
+        for child in children:
+            child.over(status=-signal.SIGKILL)
+        if self._failed is not None:
+            self._ready.set()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "failed" in message:
+            self._failed = message["failed"]
+            self._ready.set()
+        elif "ready" in message:
+            self._hazard = message["hazard"]
+            self._ready.set()
+        elif "started" in message:
+            with self._lock:
+                self._children[message["started"]].pid = message["pid"]
+        else:
+            with self._lock:
+                child = self._children.pop(message.get("ended") or message["refused"])
+            child.over(message.get("status"), message.get("message"))
+
+    def _start_inline(self, child: Child, request: Mapping[str, Any], channel: int, output: int) -> None:
+        process, sock = _start(self._spec, "--inline")
+        child.process, child.pid = process, process.pid
+
+        def wait() -> None:
+            refused = None
+            with sock:
+                message, _ = wire.receive(sock)
+                if message is not None and "ready" in message:
+                    wire.send(sock, dict(request), fds)
+                    message, _ = wire.receive(sock)
+                if message is not None:
+                    refused = message.get("failed") or message.get("message")
+            for fd in fds:
+                os.close(fd)
+            status = process.wait()
+            _kill_group(process.pid)
+            child.over(status, refused)
+
+        fds = [os.dup(channel), os.dup(output)]
+        threading.Thread(target=wait, daemon=True, name=f"trial {child.attempt}").start()
+
+
+def _start(spec: str, *options: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        command = [sys.executable, "-P", "-m", "repro_sweep.worker.zygote", str(theirs.fileno()), *options]
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+        )
+    wire.send(ours, {"spec": spec})
+    return process, ours
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass

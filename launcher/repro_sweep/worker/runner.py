@@ -1,0 +1,264 @@
+"""Runs one trial in the process it is called in, as Hydra's own ``run_job`` runs a job.
+
+What does not change from trial to trial (the task's import, the composed bases) is prepared once, before the fork.
+The result goes to the agent as one message before the process ends, so that a crash at exit spoils nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import logging
+import math
+import os
+import random
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.callbacks import Callbacks
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, configure_log
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from repro_sweep import task as tasks
+from repro_sweep.config.compose import Composer, hydra_yaml, to_yaml
+from repro_sweep.errors import TrialPruned, UserError
+from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.sweep import SweepSpec
+from repro_sweep.worker import trial
+from repro_sweep.worker.zygote import allow_threads
+
+_MESSAGE_LIMIT = 2000
+_REHEARSED_LOGGING = {
+    "version": 1,
+    "formatters": {"simple": {"format": "%(message)s"}},
+    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "simple", "stream": "ext://sys.stdout"}},
+    "root": {"level": "INFO", "handlers": ["console"]},
+    "disable_existing_loggers": False,
+}
+
+
+class Drift(Exception):
+    """The config composed here is not the one that was frozen at submission."""
+
+
+class Runner:
+    """Holds the imported task and the composer.
+
+    Raises:
+        UserError: the task cannot be imported, or Hydra cannot be set up.
+    """
+
+    def __init__(self, spec: SweepSpec) -> None:
+        self._spec = spec
+        os.chdir(spec.task.cwd)
+        self._task = tasks.load(spec.task)
+        self._composer = Composer(spec.composition)
+        self._rehearsed = False
+
+    def prepare(self, message: Mapping[str, Any]) -> None:
+        """Before the fork: have the composed base of this trial's config-group choices ready.
+
+        Raises:
+            UserError: Hydra cannot compose it any more.
+        """
+        self._composer.prepare(message["overrides"])
+        if not self._rehearsed:
+            self._rehearsed = True
+            self._rehearse(message)
+
+    def _rehearse(self, message: Mapping[str, Any]) -> None:
+        """Do once in the parent what every child does, so that caches (parsers', imports') are warm in all of them."""
+        job = self._composer.job_config(message["overrides"], num=0, job_id="0", output_dir=message["directory"])
+        shell = _hydra_shell(job)
+        hydra_yaml(shell)
+        try:
+            OmegaConf.to_container(job.hydra.job_logging, resolve=True)
+        except OmegaConfBaseException:
+            pass  # what is wrong with it, the trial will say
+        configure_log(OmegaConf.create(_REHEARSED_LOGGING))
+        logging.root.handlers.clear()
+
+    def run(self, message: Mapping[str, Any], fds: list[int]) -> None:
+        """In the trial's own process: run it, send its result, end the process."""
+        channel_fd, output_fd = fds
+        atexit._clear()  # what was registered before the fork belongs to the zygote
+        os.dup2(output_fd, 1)
+        os.dup2(output_fd, 2)
+        os.close(output_fd)
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # text streams on descriptors
+        faulthandler.enable(file=sys.__stderr__)
+        context = trial.Context(socket.socket(fileno=channel_fd), Path(message["directory"]))
+        trial.enter(context)
+        context.send(result=self._result(message, context))
+        _exit()
+
+    def _result(self, message: Mapping[str, Any], context: trial.Context) -> dict[str, Any]:
+        try:
+            _enter_environment(self._spec, message)
+            value = self._run_job(message, context)
+            return {"state": TrialState.COMPLETE, **_final_metrics(value, context.last, self._spec.metric)}
+        except TrialPruned:
+            return {"state": TrialState.PRUNED, "metrics": context.last}
+        except BaseException as error:  # noqa: BLE001  (user code: whatever it raises is the trial's failure)
+            _print_exception(error)
+            kind = _kind(error)
+            return {"state": TrialState.FAIL, "kind": kind, "message": _one_line(error), "metrics": context.last}
+
+    def _run_job(self, message: Mapping[str, Any], context: trial.Context) -> object:
+        """What ``hydra.core.utils.run_job`` does, at a tenth of its cost."""
+        overrides = message["overrides"]
+        config = self._composer.compose(overrides)
+        _check_drift(to_yaml(config), message["config"])
+        job = self._composer.job_config(
+            overrides,
+            num=message["trial"],
+            job_id=str(message["trial"]),
+            output_dir=str(context.directory),
+            consume=True,
+        )
+        HydraConfig.instance().cfg = _hydra_shell(job)
+        node = job.hydra
+        if _changes_directory(node):
+            os.chdir(context.directory)
+        configure_log(node.job_logging, node.verbose)
+        if node.output_subdir is not None:
+            folder = context.directory / node.output_subdir
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(message["config"], encoding="utf-8")
+            (folder / "hydra.yaml").write_text(hydra_yaml(HydraConfig.instance().cfg), encoding="utf-8")
+            (folder / "overrides.yaml").write_text(to_yaml(node.overrides.task), encoding="utf-8")
+        os.environ.update({key: str(value) for key, value in node.job.env_set.items()})
+        return _call(self._task, config, job)
+
+
+def _call(task: Callable[[Any], object], config: DictConfig, job: DictConfig) -> object:
+    """Call the task between Hydra's job callbacks, which see its exception as under Hydra."""
+    if not job.hydra.callbacks:
+        return task(config)
+    callbacks = Callbacks(job)
+    returned = JobReturn(
+        overrides=list(job.hydra.overrides.task), cfg=config, hydra_cfg=HydraConfig.instance().cfg,
+        working_dir=str(Path.cwd()), task_name=job.hydra.job.name,
+    )  # fmt: skip
+    callbacks.on_job_start(config=job, task_function=task)
+    try:
+        returned.return_value = task(config)
+        returned.status = JobStatus.COMPLETED
+    except Exception as error:
+        returned.return_value = error
+        returned.status = JobStatus.FAILED
+        callbacks.on_job_end(config=job, job_return=returned)
+        raise
+    callbacks.on_job_end(config=job, job_return=returned)
+    return returned.return_value
+
+
+def _enter_environment(spec: SweepSpec, message: Mapping[str, Any]) -> None:
+    os.environ["REPRO_SWEEP_NAME"] = spec.name
+    os.environ["REPRO_SWEEP_TRIAL"] = str(message["trial"])
+    os.environ["REPRO_SWEEP_ATTEMPT"] = message["run"]
+    if message["gpus"] is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(message["gpus"])
+    allow_threads(spec.resources)
+    random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:  # a fresh process would have fresh state; a forked one has the zygote's
+        numpy_random.seed()
+
+
+def _hydra_shell(job: DictConfig) -> DictConfig:
+    """What ``HydraConfig.set_config`` makes of a job's config, without its copy of the hydra node."""
+    OmegaConf.set_readonly(job.hydra, True)
+    shell = OmegaConf.create(flags={"no_deepcopy_set_nodes": True})
+    shell["hydra"] = job.hydra
+    shell.hydra._set_parent(job)
+    return shell
+
+
+def _changes_directory(node: DictConfig) -> bool:
+    chdir = node.job.chdir
+    return bool(chdir) if chdir is not None else not version.base_at_least("1.2")
+
+
+def _check_drift(composed: str, frozen: str) -> None:
+    if composed == frozen:
+        return
+    import difflib
+
+    lines = difflib.unified_diff(frozen.splitlines(), composed.splitlines(), "submitted", "now", lineterm="", n=0)
+    raise Drift("the config has drifted since it was submitted:\n" + "\n".join(lines))
+
+
+def _final_metrics(value: object, reported: Mapping[str, float], metric: str | None) -> dict[str, Any]:
+    """The final metrics from what the task returned, or the failure that it makes."""
+    metrics = dict(reported)
+    if isinstance(value, (Mapping, DictConfig)):
+        returned = dict(value.items())
+    elif value is None:
+        returned = {}
+    else:
+        returned = {metric or "objective": value}
+    for name, item in returned.items():
+        try:
+            metrics[str(name)] = trial.as_number(item, f"returned metric '{name}'")
+        except TypeError as error:
+            if name == metric:
+                return _invalid(str(error), metrics)
+            logging.getLogger("repro_sweep").info("%s: it is not recorded", error)
+    if metric is not None and metric not in metrics:
+        names = ", ".join(sorted(metrics)) or "nothing"
+        return _invalid(f"sweep.metric: the task does not return '{metric}' ({names})", metrics) | {"missing": True}
+    if metric is not None and math.isnan(metrics[metric]):
+        return _invalid(f"metric '{metric}' is NaN", metrics)
+    return {"metrics": metrics}
+
+
+def _invalid(message: str, metrics: dict[str, float]) -> dict[str, Any]:
+    print(f"repro-sweep: {message}", file=sys.stderr)  # noqa: T201  (the trial's own log)
+    return {"state": TrialState.FAIL, "kind": FailureKind.INVALID_METRIC, "message": message, "metrics": metrics}
+
+
+def _kind(error: BaseException) -> FailureKind:
+    if isinstance(error, MemoryError):
+        return FailureKind.OUT_OF_MEMORY
+    if type(error).__name__ in ("OutOfMemoryError", "XlaRuntimeError") and "memory" in str(error).lower():
+        return FailureKind.GPU_OUT_OF_MEMORY
+    return FailureKind.EXCEPTION
+
+
+def _one_line(error: BaseException) -> str:
+    """Type and first line of an exception; its ``str`` may itself fail."""
+    try:
+        text = str(error).strip()
+    except Exception:  # noqa: BLE001  (user code)
+        text = "(its text cannot be had)"
+    if isinstance(error, Drift | UserError):
+        return text[:_MESSAGE_LIMIT]
+    first = text.splitlines()[0] if text else ""
+    return f"{type(error).__name__}: {first}".removesuffix(": ")[:_MESSAGE_LIMIT]
+
+
+def _print_exception(error: BaseException) -> None:
+    try:
+        traceback.print_exception(error)
+    except Exception:  # noqa: BLE001  (an exception whose own methods fail)
+        print(f"{type(error).__name__} (its traceback cannot be printed)", file=sys.stderr)  # noqa: T201
+
+
+def _exit() -> None:
+    """End as an interpreter would, without the cost of tearing down what was only inherited."""
+    threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls at its end
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,215 @@
+"""The zygote: imports the task once and forks a fresh child for each trial.
+
+It must never run user code itself beyond that import, start a thread, or open CUDA: a forked child of such a process
+would hang or crash. If the import did one of these, the zygote says so and forks nothing; the agent then starts a new
+process for each trial (``--inline``), which runs that one trial itself.
+
+Messages from the agent: ``{"spec"}`` first, then ``{"run": attempt, ...}`` with the trial's channel and output, and
+``{"kill": attempt}``. To the agent: ``{"ready", "hazard"}`` or ``{"failed"}``, then ``{"started"}`` or ``{"refused"}``,
+and ``{"ended", "status"}`` for each trial.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from repro_sweep.errors import UserError
+from repro_sweep.sweep import Resources, SweepSpec
+from repro_sweep.worker import wire
+
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Zygote:
+    """Forks trials and reaps them. Single-threaded."""
+
+    def __init__(self, sock: socket.socket, runner: Any) -> None:
+        self._sock = sock
+        self._runner = runner
+        self._children: dict[int, str] = {}
+        self._wakeup, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(wakeup_write, False)
+        signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> None:
+        """Serve until the agent is gone; what still runs then is killed."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._sock, selectors.EVENT_READ)
+            selector.register(self._wakeup, selectors.EVENT_READ)
+            while True:
+                ready = {key.fileobj for key, _ in selector.select()}
+                if self._wakeup in ready:
+                    os.read(self._wakeup, 4096)
+                    self._reap()
+                if self._sock in ready:
+                    message, fds = wire.receive(self._sock)
+                    if message is None:
+                        break
+                    self._handle(message, fds)
+        for pid in self._children:
+            _kill_group(pid)
+
+    def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
+        if "kill" in message:
+            for pid, attempt in self._children.items():
+                if attempt == message["kill"]:
+                    _kill_group(pid)
+            return
+        attempt = str(message["run"])
+        try:
+            self._runner.prepare(message)
+        except UserError as error:
+            for fd in fds:
+                os.close(fd)
+            wire.send(self._sock, {"refused": attempt, "message": str(error)})
+            return
+        zygote = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._child(message, fds, zygote)
+        try:
+            os.setpgid(pid, pid)  # here too: a kill may follow before the child has done it
+        except (ProcessLookupError, PermissionError):
+            pass
+        for fd in fds:
+            os.close(fd)
+        self._children[pid] = attempt
+        wire.send(self._sock, {"started": attempt, "pid": pid})
+
+    def _child(self, message: dict[str, Any], fds: list[int], zygote: int) -> None:
+        try:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != zygote:  # it died before prctl
+                os._exit(1)
+            os.setpgid(0, 0)
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._sock.close()
+            os.close(self._wakeup)
+            self._runner.run(message, fds)
+        except BaseException:  # noqa: BLE001  (the last frame of a child: nothing may return into the zygote's loop)
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            attempt = self._children.pop(pid, None)
+            if attempt is not None:
+                _kill_group(pid)  # what the trial left behind
+                wire.send(self._sock, {"ended": attempt, "status": os.waitstatus_to_exitcode(status)})
+
+
+def limit_threads() -> None:
+    """Keep the numeric libraries at one thread while the task is imported, so that no pool exists at a fork.
+
+    Variables that the user has set stay as they are. :func:`allow_threads` is the other half.
+    """
+    for variable in _THREAD_VARIABLES:
+        if variable not in os.environ:
+            os.environ[variable] = "1"
+            _limited.add(variable)
+
+
+_limited: set[str] = set()
+
+
+def allow_threads(resources: Resources) -> None:
+    """In the trial: give the numeric libraries as many threads as the trial has CPUs."""
+    threads = resources.threads
+    if threads == 1 or not _limited:
+        return
+    for variable in _limited:
+        os.environ[variable] = str(threads)
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def fork_hazard() -> str | None:
+    """Why a fork of this process is unsafe after the task's import, None when it is safe."""
+    names = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if names:
+        return f"importing it starts threads ({', '.join(names)})"
+    native = len(list(Path("/proc/self/task").iterdir())) - 1
+    if native > 0:
+        return f"importing it starts {native} native threads"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "importing it initialises CUDA"
+    return None
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def main() -> None:
+    """Entry point: ``python -m repro_sweep.worker.zygote FD [--inline]``."""
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock.set_inheritable(False)
+    message, _ = wire.receive(sock)
+    if message is None:
+        return
+    spec = SweepSpec.model_validate_json(message["spec"])
+    limit_threads()
+    from repro_sweep.worker.runner import Runner
+
+    try:
+        runner = Runner(spec)
+    except UserError as error:
+        wire.send(sock, {"failed": str(error)})
+        return
+    if "--inline" in sys.argv:
+        wire.send(sock, {"ready": True, "hazard": None})
+        message, fds = wire.receive(sock)
+        if message is not None:
+            try:
+                runner.prepare(message)
+            except UserError as error:
+                wire.send(sock, {"refused": message["run"], "message": str(error)})
+                return
+            runner.run(message, fds)
+        return
+    hazard = fork_hazard()
+    wire.send(sock, {"ready": True, "hazard": hazard})
+    if hazard is None:
+        gc.collect()
+        gc.freeze()
+        Zygote(sock, runner).serve()
+
+
+if __name__ == "__main__":
+    main()
