@@ -1,0 +1,1 @@
+"""Hydra's way to repro-sweep: ``hydra/sweeper=repro_sweep``."""

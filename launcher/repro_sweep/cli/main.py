@@ -1,0 +1,77 @@
+"""``repro-sweep``: a command where the first argument names one, else a Hydra application that runs a sweep."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "plan": "the trials that a sweep would run, without starting anything",
+    "rank": "the ranking of a sweep, from MLflow",
+}
+
+HELP = """\
+repro-sweep: run a Hydra sweep on every slot of this machine and rank its trials in MLflow
+
+  repro-sweep +sweep=NAME [OVERRIDE...]     run conf/sweep/NAME.yaml; overrides are Hydra's: key=value, key=a,b
+  repro-sweep COMMAND [ARGUMENT...]         COMMAND --help says more
+
+commands:
+{commands}
+
+Hydra's own options work as in any Hydra application:
+  --config-dir DIR, --config-path DIR, --config-name NAME   where the configuration is (default: conf/config.yaml)
+  --cfg job|hydra|all, --resolve, --package KEY             print the composed configuration
+  --info, --hydra-help, --shell-completion                  more about Hydra and the configuration
+  --version
+
+exit status: 0 all trials complete; 1 some failed; 2 something to correct first; 130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with ``sys.exit``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = arguments[0] if arguments else "--help"
+    if first in ("--help", "-h"):
+        width = max(map(len, COMMANDS))
+        print(HELP.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())), end="")
+        sys.exit(0)
+    if first == "--version":
+        from importlib.metadata import version
+
+        print(f"repro-sweep {version('repro-sweep')}")
+        sys.exit(0)
+    try:
+        sys.exit(_dispatch(first, arguments))
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _dispatch(first: str, arguments: list[str]) -> int:
+    from repro_sweep.errors import ReproSweepError
+
+    try:
+        if "=" in first or first[0] in "-~":
+            from repro_sweep.cli import sweep
+
+            return sweep.main(arguments)
+        if first not in COMMANDS:
+            return fail(f"'{first}' is not a command ({', '.join(COMMANDS)}); an override contains '='")
+        code: int = importlib.import_module(f"repro_sweep.cli.{first}").main(arguments[1:])
+        return code
+    except ReproSweepError as error:
+        return fail(str(error))
+
+
+def fail(message: str) -> int:
+    """Print a mistake of the user's; returns the exit status for it."""
+    print(f"repro-sweep: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

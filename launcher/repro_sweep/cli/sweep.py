@@ -1,0 +1,147 @@
+"""The front door: ``repro-sweep OVERRIDE...`` as a Hydra application that is always a multirun with our sweeper."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from repro_sweep import task
+from repro_sweep.config.hydra_errors import mapped_errors
+from repro_sweep.errors import SweepError
+
+_VERSION_BASE = "1.3"
+_CONFIG_DIR = "conf"
+_FORCED = ("hydra/sweeper=repro_sweep", "hydra.mode=MULTIRUN")
+
+
+def named_by_sweep(config: object) -> None:
+    """Stands for the task function in Hydra's calls; the sweep's YAML names the real one."""
+    raise AssertionError(f"the placeholder of a task was called with {config!r}")
+
+
+def main(arguments: Sequence[str], *, forced: Sequence[str] = ()) -> int:
+    """Run a sweep, or show what Hydra shows; returns the exit status.
+
+    Raises:
+        UserError: something to correct first.
+    """
+    parser = get_args_parser()
+    args = parser.parse_args(list(arguments))
+    if args.run:
+        raise SweepError("--run: repro-sweep always runs a sweep; run the application itself for a single job")
+    version.setbase(_VERSION_BASE)
+    sys.path.insert(0, str(Path.cwd()))
+    search_path = _search_path(args)
+    config_name = args.config_name or "config"
+    with mapped_errors(args.overrides):
+        dotted = _named_task(search_path, config_name, args.overrides)
+    if dotted is not None:
+        task.load(task.from_dotted(dotted, "sweep.task"))
+    name = dotted.split(".")[-2] if dotted is not None and "." in dotted else "repro_sweep"
+    hydra = Hydra.create_main_hydra2(task_name=name, config_search_path=search_path)
+    try:
+        show = _shown(hydra, parser, args, config_name)
+        with mapped_errors(args.overrides):
+            if show is not None:
+                show()
+            else:
+                hydra.multirun(
+                    config_name=config_name,
+                    task_function=named_by_sweep,
+                    overrides=[*args.overrides, *_FORCED, *forced],
+                    with_log_configuration=False,
+                )
+    finally:
+        GlobalHydra.instance().clear()
+    return 0
+
+
+def _shown(
+    hydra: Hydra, parser: argparse.ArgumentParser, args: argparse.Namespace, config_name: str
+) -> Callable[[], object] | None:
+    """What Hydra's own options ask for instead of a sweep."""
+    overrides = args.overrides
+    if args.help:
+        return lambda: hydra.app_help(config_name=config_name, args_parser=parser, args=args)
+    if args.hydra_help:
+        return lambda: hydra.hydra_help(config_name=config_name, args_parser=parser, args=args)
+    if args.cfg:
+        return lambda: hydra.show_cfg(config_name, overrides, args.cfg, args.package, args.resolve)
+    if args.info:
+        return lambda: hydra.show_info(args.info, config_name=config_name, overrides=[*overrides, *_FORCED])
+    if args.shell_completion:
+        return lambda: hydra.shell_completion(config_name=config_name, overrides=overrides)
+    return None
+
+
+def _search_path(args: argparse.Namespace) -> ConfigSearchPath:
+    primary = Path(args.config_path or _CONFIG_DIR).absolute()
+    extra = Path(args.config_dir).absolute() if args.config_dir else None
+    if extra is not None and not extra.is_dir():
+        raise SweepError(f"--config-dir: {extra} is not a directory")
+    if not primary.is_dir():
+        if args.config_path is not None or extra is None:
+            raise SweepError(
+                f"there is no directory {primary}: start repro-sweep where '{_CONFIG_DIR}/' is,"
+                " or name another with --config-dir or --config-path"
+            )
+        primary, extra = extra, None
+    search_path = create_config_search_path(str(primary))
+    if extra is not None:
+        search_path.prepend(
+            provider="command-line", path=f"file://{extra}", anchor=SearchPathQuery(provider="schema")
+        )
+    return search_path
+
+
+def _named_task(search_path: ConfigSearchPath, config_name: str, overrides: Sequence[str]) -> str | None:
+    """The task that the sweep names, before the whole config can be composed: that needs what the task registers.
+
+    None where it cannot be told; what is wrong is then seen when the whole config is composed.
+    """
+    choice: object = None
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group == "sweep.task":
+            return str(override.value())
+        if override.key_or_group == "sweep":
+            choice = override.value()
+    if choice is None:
+        choice = _default_sweep(search_path, config_name)
+    if not isinstance(choice, str):
+        return None
+    try:
+        config = ConfigLoaderImpl(search_path).load_configuration(f"sweep/{choice}", [], RunMode.RUN)
+        named = OmegaConf.select(config, "sweep.task")
+    except Exception:  # noqa: BLE001  (said again, and well, by the composition of the whole config)
+        return None
+    return None if named is None else str(named)
+
+
+def _default_sweep(search_path: ConfigSearchPath, config_name: str) -> object:
+    loaded = ConfigRepository(search_path).load_config(config_name)
+    for default in loaded.defaults_list if loaded is not None and loaded.defaults_list is not None else ():
+        if getattr(default, "group", None) == "sweep":
+            return default.value
+    return None
+
+
+def command_line() -> str:
+    """The command line of this process, for the record."""
+    import shlex
+
+    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])  # noqa: PTH119  (not a path to open)
+
