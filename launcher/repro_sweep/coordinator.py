@@ -8,6 +8,7 @@ it says is committed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -198,10 +199,10 @@ class Coordinator:
         if running is None or self._tracker is None:
             return protocol.RunReference(error="this attempt is not running any more")
         try:
-            run_id = await self._tracker.run_id(running.trial)
+            run = await self._tracker.run_ref(running.trial)
         except Exception as error:  # noqa: BLE001  (the trial must hear of it, whatever it is)
             return protocol.RunReference(error=str(error))
-        return protocol.RunReference(run_id=run_id, uri=self.spec.tracking.uri)
+        return protocol.RunReference(run_id=run.run_id, uri=run.uri)
 
     # --- inside ----------------------------------------------------------------------------------------------
 
@@ -213,10 +214,8 @@ class Coordinator:
         self._changed = asyncio.Event()
 
     async def _wait_for_change(self, timeout_s: float) -> None:
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
-        except TimeoutError:
-            pass
 
     def _measure(self) -> None:
         slots = sum(worker.slots for worker in self._workers.values())

@@ -49,7 +49,9 @@ class Journal:
         while self._pending:
             batch, self._pending = self._pending, []
             try:
-                results = await loop.run_in_executor(self._thread, self._apply, [change for change, _ in batch])
+                results = await loop.run_in_executor(
+                    self._thread, self._apply, [change for change, _ in batch]
+                )
             except Exception as error:  # noqa: BLE001  (handed to every caller of the batch)
                 for _, future in batch:
                     if not future.done():

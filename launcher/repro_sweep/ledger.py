@@ -217,7 +217,8 @@ class Ledger:
     def set_meta(self, key: str, value: str) -> None:
         """Set one of the ledger's own values (the fencing epoch, for one)."""
         self._execute(
-            "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+            (key, value),
         )
 
     def add_trials(self, trials: Iterable[NewTrial]) -> None:
@@ -227,7 +228,9 @@ class Ledger:
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         )
         for trial in trials:
-            overrides, params, repeat = (json.dumps(each) for each in (trial.overrides, trial.params, trial.repeat))
+            overrides, params, repeat = (
+                json.dumps(each) for each in (trial.overrides, trial.params, trial.repeat)
+            )
             row = (trial.number, trial.identity, trial.directory, overrides, params, repeat, trial.config)
             self._execute(sql, (*row, TrialState.WAITING, self._next_change()))
 
@@ -249,7 +252,9 @@ class Ledger:
         )
         self._set_trial(attempt.trial, TrialState.RUNNING, attempt.id)
 
-    def add_reports(self, trial: int, attempt: str, reports: Sequence[tuple[int, float, Mapping[str, float]]]) -> None:
+    def add_reports(
+        self, trial: int, attempt: str, reports: Sequence[tuple[int, float, Mapping[str, float]]]
+    ) -> None:
         """Record (step, time, metrics) triples of a running attempt."""
         rows = [(trial, attempt, step, at, json.dumps(metrics)) for step, at, metrics in reports]
         sql = "INSERT INTO reports (trial, attempt, step, time, metrics) VALUES (?, ?, ?, ?, ?)"
@@ -274,7 +279,7 @@ class Ledger:
         self._set_trial(trial, TrialState.WAITING if again else outcome.state, attempt)
 
     def close_open_attempts(self, why: str) -> None:
-        """Record that attempts still RUNNING were lost, and let their trials wait: for a coordinator that takes over."""
+        """Before a coordinator takes over: attempts still RUNNING were lost, and their trials wait again."""
         for attempt in self.attempts():
             if attempt.state is TrialState.RUNNING:
                 outcome = Outcome(
@@ -286,7 +291,8 @@ class Ledger:
         """Set the state of trials that no attempt is running."""
         for number in numbers:
             self._execute(
-                "UPDATE trials SET state = ?, change = ? WHERE number = ?", (state, self._next_change(), number)
+                "UPDATE trials SET state = ?, change = ? WHERE number = ?",
+                (state, self._next_change(), number),
             )
 
     # --- reading ---------------------------------------------------------------------------------------------
@@ -329,14 +335,18 @@ class Ledger:
             raise LedgerError(f"{self.path}: there is no trial {number}")
         return _trial(row)
 
-    def trials(self, *, states: Sequence[TrialState] | None = None, changed_after: int = -1) -> Iterator[Trial]:
+    def trials(
+        self, *, states: Sequence[TrialState] | None = None, changed_after: int = -1
+    ) -> Iterator[Trial]:
         """Trials in the order of their latest change; filtered by state if ``states`` is given."""
         where = "change > ?"
         args: list[object] = [changed_after]
         if states is not None:
             where += f" AND state IN ({', '.join('?' * len(states))})"
             args.extend(states)
-        for row in self._execute(f"SELECT {_TRIAL} FROM trials WHERE {where} ORDER BY change", args).fetchall():
+        for row in self._execute(
+            f"SELECT {_TRIAL} FROM trials WHERE {where} ORDER BY change", args
+        ).fetchall():
             yield _trial(row)
 
     def attempts(self, trial: int | None = None) -> list[Attempt]:
@@ -366,19 +376,22 @@ class Ledger:
     def changes(self, *, after: int = -1) -> list[tuple[int, int, TrialState, bool]]:
         """Number, change, state and whether it ever started, of every trial changed later than ``after``."""
         rows = self._execute(
-            "SELECT number, change, state, attempt IS NOT NULL FROM trials WHERE change > ? ORDER BY change", (after,)
+            "SELECT number, change, state, attempt IS NOT NULL FROM trials WHERE change > ? ORDER BY change",
+            (after,),
         )
         return [(number, change, TrialState(state), bool(started)) for number, change, state, started in rows]
 
     def report_heads(self, *, after: int = 0) -> dict[int, int]:
         """The highest ``seq`` of the reports of each trial that has reports with ``seq > after``."""
-        return dict(self._execute("SELECT trial, max(seq) FROM reports WHERE seq > ? GROUP BY trial", (after,)))
+        return dict(
+            self._execute("SELECT trial, max(seq) FROM reports WHERE seq > ? GROUP BY trial", (after,))
+        )
 
     # --- inside ----------------------------------------------------------------------------------------------
 
     def _execute(self, sql: str, args: Sequence[object] = ()) -> sqlite3.Cursor:
         try:
-            return self._db.execute(sql, args)  # type: ignore[arg-type]  # sqlite3 checks the values itself
+            return self._db.execute(sql, args)
         except sqlite3.Error as error:
             raise LedgerError(f"{self.path}: {error}") from error
 

@@ -109,7 +109,9 @@ def _gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
     if visible is not None:
         return tuple(part.strip() for part in visible.split(",") if part.strip() and part.strip() != "-1")
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
     return tuple(str(index) for index, line in enumerate(listed.splitlines()) if line.startswith("GPU "))

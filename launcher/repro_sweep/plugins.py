@@ -16,7 +16,7 @@ def names(package: str, group: str) -> tuple[str, ...]:
 
 
 def load(package: str, group: str, name: str) -> ModuleType | None:
-    """The module of a backend, None if there is none of that name; a module of the folder goes before an entry point."""
+    """The module of a backend, None if there is none; a module of the folder goes before an entry point."""
     if name == "base" or name not in names(package, group):
         return None
     try:

@@ -11,7 +11,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
@@ -20,11 +20,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from repro_sweep import machine, task
-from dataclasses import asdict
-from repro_sweep.config.compose import ComposeSpec, Composer, to_yaml
+from repro_sweep.config.compose import Composer, ComposeSpec
 from repro_sweep.config.identity import check, identity
 from repro_sweep.config.schema import SweepConf
 from repro_sweep.config.space import Space
+from repro_sweep.config.yamltext import to_yaml
 from repro_sweep.errors import CompositionError, SweepError, UserError
 from repro_sweep.executors import base as executors
 from repro_sweep.ledger import FILE_NAME, Ledger, NewTrial, now
@@ -133,7 +133,9 @@ class _Expansion:
             ledger = Ledger.open(directory, readonly=True)
             self._known = ledger.identities()
             self._number = ledger.next_number()
-            spec = spec.model_copy(update={"sweep_id": ledger.spec.sweep_id, "created_at": ledger.spec.created_at})
+            spec = spec.model_copy(
+                update={"sweep_id": ledger.spec.sweep_id, "created_at": ledger.spec.created_at}
+            )
             ledger.close()
         self._spec = spec
         self._custom_subdir = _custom_subdir(composer)
@@ -191,7 +193,9 @@ class _Expansion:
     def _directory(self, point: Point) -> str:
         if not self._custom_subdir:
             return f"trials/{self._number}"
-        job = self._composer.job_config(point.overrides, num=self._number, job_id=str(self._number), output_dir=".")
+        job = self._composer.job_config(
+            point.overrides, num=self._number, job_id=str(self._number), output_dir="."
+        )
         try:
             return str(job.hydra.sweep.subdir)
         except OmegaConfBaseException as error:
@@ -228,7 +232,9 @@ def sweep_options(config: DictConfig) -> SweepConf:
         SweepError: an option is missing or cannot be resolved.
     """
     if not _is_ours(config):
-        defaults = SweepConf(sampler=searchers.load("grid").options(), executor=executors.load("local").OPTIONS())
+        defaults = SweepConf(
+            sampler=searchers.load("grid").options(), executor=executors.load("local").OPTIONS()
+        )
         return OmegaConf.structured(defaults)  # type: ignore[no-any-return]
     node: SweepConf = config.sweep
     try:
@@ -237,8 +243,10 @@ def sweep_options(config: DictConfig) -> SweepConf:
     except OmegaConfBaseException as error:
         raise SweepError(f"sweep: {str(error).splitlines()[0]}") from error
     if missing:
-        first = sorted(missing)[0]
-        raise SweepError(f"sweep.{first}: has no value; put '{first}: …' into the defaults of the sweep's YAML")
+        first = min(missing)
+        raise SweepError(
+            f"sweep.{first}: has no value; put '{first}: …' into the defaults of the sweep's YAML"
+        )
     return node
 
 
@@ -256,7 +264,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             theirs.append(line)
             continue
         if override.is_sweep_override():
-            raise SweepError(f"{line}: the sweep's own options take one value; to sweep over a key, name that key")
+            raise SweepError(
+                f"{line}: the sweep's own options take one value; to sweep over a key, name that key"
+            )
         mine.append(line)
     return theirs, mine
 
@@ -287,7 +297,9 @@ def _composition(config: DictConfig, loader: ConfigLoader, name: str) -> Composi
     chosen = [f"hydra.sweep.dir=multirun/{name}"] if raw["dir"] == _HYDRA_DIR else []
     if raw["subdir"] == _HYDRA_SUBDIR:
         chosen.append(f"hydra.sweep.subdir={_SUBDIR}")
-    composition = Composition(**asdict(ComposeSpec.of(config, loader, strip=("sweep",) if _is_ours(config) else ())))
+    composition = Composition(
+        **asdict(ComposeSpec.of(config, loader, strip=("sweep",) if _is_ours(config) else ()))
+    )
     return composition.model_copy(update={"hydra_overrides": (*composition.hydra_overrides, *chosen)})
 
 
@@ -301,7 +313,9 @@ def _task(options: SweepConf, found: TaskSpec | None) -> TaskSpec:
             raise SweepError(f"sweep.task: is {options.task}, but this application's task is {found.name}")
         return found
     if options.task is None:
-        raise SweepError("sweep.task: is missing; name the task function, such as sweep.task=package.module.function")
+        raise SweepError(
+            "sweep.task: is missing; name the task function, such as sweep.task=package.module.function"
+        )
     spec = task.from_dotted(options.task, "sweep.task")
     task.load(spec)
     return spec
@@ -315,11 +329,8 @@ def _check_confined(config: DictConfig, composer: Composer, overrides: Sequence[
         without = composer.compose(fixed)
     except UserError:
         return  # a choice that only the sweep's params make; each trial is checked anyway
-    for key in config:
-        if key in ("hydra", "sweep"):
-            continue
-        same = key in without and to_yaml(_only(config, str(key))) == to_yaml(_only(without, str(key)))
-        if not same:
+    for key in {str(key) for key in config} - {"hydra", "sweep"}:
+        if key not in without or to_yaml(_only(config, key)) != to_yaml(_only(without, key)):
             raise SweepError(
                 f"sweep: the sweep's file also sets '{key}', outside of its own node;"
                 " put that under sweep.params or on the command line"
@@ -357,7 +368,8 @@ def _spec(
             mem_gb=options.resources.mem_gb_per_trial,
         ),
         tracking=Tracking(
-            uri=resolve_uri(options.tracking.uri, cwd, os.environ), experiment=options.tracking.experiment or name
+            uri=resolve_uri(options.tracking.uri, cwd, os.environ),
+            experiment=options.tracking.experiment or name,
         ),
         origin=Origin.here(
             command, git_commit=git.commit if git else None, git_dirty=git.dirty if git else None
@@ -375,7 +387,9 @@ def _spec(
 
 
 def _plain(node: object) -> dict[str, object]:
-    container = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else {}
+    container = (
+        OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else {}
+    )
     plain: dict[str, object] = json.loads(json.dumps(container))
     return plain
 
@@ -412,6 +426,8 @@ def _check_startable(spec: SweepSpec) -> None:
     directory = Path(spec.directory)
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise SweepError(f"hydra.sweep.dir: {directory} cannot be written ({existing} is not a writable directory)")
+        raise SweepError(
+            f"hydra.sweep.dir: {directory} cannot be written ({existing} is not a writable directory)"
+        )
     check_writable(spec.tracking.uri)
     executors.create(spec)

@@ -46,7 +46,9 @@ def from_function(function: Task) -> TaskSpec:
     """
     qualname = getattr(function, "__qualname__", type(function).__qualname__)
     if not all(part.isidentifier() for part in qualname.split(".")):
-        raise TaskError(f"task function {qualname}: workers import it by name, so it must stand at a module's top level")
+        raise TaskError(
+            f"task function {qualname}: workers import it by name, so it must stand at a module's top level"
+        )
     module: str | None = function.__module__
     file: str | None = None
     if module == "__main__":
@@ -55,7 +57,9 @@ def from_function(function: Task) -> TaskSpec:
         module = None if spec is None else str(spec.name)
         file = getattr(main, "__file__", None)
         if module is None and file is None:
-            raise TaskError(f"task function {qualname}: workers import it from a file, an interactive session has none")
+            raise TaskError(
+                f"task function {qualname}: workers import it from a file, an interactive session has none"
+            )
         file = None if module is not None or file is None else str(Path(file).resolve())
     return TaskSpec(module=module, file=file, qualname=qualname, cwd=str(Path.cwd()), sys_path=_sys_path())
 

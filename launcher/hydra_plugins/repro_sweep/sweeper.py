@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 
 from repro_sweep.config import schema
 
-
 schema.register()
 
 
@@ -38,5 +37,7 @@ class ReproSweeper(Sweeper):
         assert self._task is not None
         code = run.main(self._config, self._context.config_loader, arguments, self._task, plan=self._plan)
         if code != 0:
-            self._context.callbacks.on_multirun_end(config=self._config, config_name=self._config.hydra.job.config_name)
+            self._context.callbacks.on_multirun_end(
+                config=self._config, config_name=self._config.hydra.job.config_name
+            )
             sys.exit(code)

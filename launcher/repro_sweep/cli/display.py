@@ -107,4 +107,6 @@ def duration(seconds: float) -> str:
 
 
 def _unfinished(progress: Progress) -> bool:
-    return bool(progress.counts[TrialState.RUNNING] or (progress.counts[TrialState.WAITING] and not progress.draining))
+    return bool(
+        progress.counts[TrialState.RUNNING] or (progress.counts[TrialState.WAITING] and not progress.draining)
+    )

@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = arguments[0] if arguments else "--help"
     if first in ("--help", "-h"):
         width = max(map(len, COMMANDS))
-        print(HELP.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())), end="")
+        print(
+            HELP.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())),
+            end="",
+        )
         sys.exit(0)
     if first == "--version":
         from importlib.metadata import version

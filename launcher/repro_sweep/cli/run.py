@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,14 +23,15 @@ from repro_sweep.cli.sweep import command_line, named_by_sweep
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.errors import ReproSweepError
 from repro_sweep.executors import base as executors
-from repro_sweep.ledger import Ledger
 from repro_sweep.lease import Lease
+from repro_sweep.ledger import Ledger
 from repro_sweep.server import Server
 from repro_sweep.submission import Submission, prepare
 from repro_sweep.tracking.process import TrackerProcess
 
 INTERRUPTED = 130
 _UPLOAD_PATIENCE_S = 60.0
+_LOOK_S = 0.5
 
 
 def main(
@@ -49,6 +52,10 @@ def run(submission: Submission) -> int:
     Raises:
         ReproSweepError: it cannot be started, or cannot go on.
     """
+    if submission.to_run == 0:
+        say(f"all {submission.done} trials are complete already; nothing to run")
+    elif submission.done:
+        say(f"{submission.done} trials are complete already, {submission.to_run} to run")
     directory = Path(submission.spec.directory)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     lease = Lease.acquire(directory, submission.spec.name)
@@ -95,9 +102,15 @@ class _Session:
 
     async def _upload(self) -> int:
         """Wait until MLflow has everything, or gives no sign of life; returns how many trials it lacks."""
-        self._uploading = asyncio.create_task(self._tracker.finish(_UPLOAD_PATIENCE_S))
+        self._uploading = asyncio.create_task(self._tracker.finish(math.inf))
+        left, since = self._tracker.progress.left, time.monotonic()
         try:
-            return await self._uploading
+            while not (await asyncio.wait([self._uploading], timeout=_LOOK_S))[0]:
+                if self._tracker.progress.left != left:
+                    left, since = self._tracker.progress.left, time.monotonic()
+                elif time.monotonic() - since > _UPLOAD_PATIENCE_S:
+                    self._uploading.cancel()
+            return self._uploading.result()
         except asyncio.CancelledError:
             return self._tracker.progress.left
 

@@ -14,6 +14,7 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -42,7 +43,9 @@ def main(arguments: Sequence[str], *, forced: Sequence[str] = ()) -> int:
     parser = get_args_parser()
     args = parser.parse_args(list(arguments))
     if args.run:
-        raise SweepError("--run: repro-sweep always runs a sweep; run the application itself for a single job")
+        raise SweepError(
+            "--run: repro-sweep always runs a sweep; run the application itself for a single job"
+        )
     version.setbase(_VERSION_BASE)
     sys.path.insert(0, str(Path.cwd()))
     search_path = _search_path(args)
@@ -133,8 +136,8 @@ def _named_task(search_path: ConfigSearchPath, config_name: str, overrides: Sequ
 
 def _default_sweep(search_path: ConfigSearchPath, config_name: str) -> object:
     loaded = ConfigRepository(search_path).load_config(config_name)
-    for default in loaded.defaults_list if loaded is not None and loaded.defaults_list is not None else ():
-        if getattr(default, "group", None) == "sweep":
+    for default in (loaded.defaults_list if loaded is not None else None) or ():
+        if isinstance(default, GroupDefault) and default.group == "sweep":
             return default.value
     return None
 
@@ -144,4 +147,3 @@ def command_line() -> str:
     import shlex
 
     return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])  # noqa: PTH119  (not a path to open)
-

@@ -31,7 +31,7 @@ class ResourcesConf:
 
 @dataclass
 class TrackingConf:
-    """The MLflow store: null means MLFLOW_TRACKING_URI, else ``mlflow.db`` here; the experiment has the sweep's name."""
+    """The MLflow store: null means MLFLOW_TRACKING_URI, else ``mlflow.db`` here; null: an experiment named as the sweep."""
 
     uri: str | None = None
     experiment: str | None = None

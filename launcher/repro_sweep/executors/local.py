@@ -69,9 +69,8 @@ class LocalExecutor(Executor):
         worker = f"local-{uuid.uuid4().hex[:8]}"
         directory = Path(self._context.spec.directory) / "workers" / worker
         directory.mkdir(parents=True, mode=0o700)
-        gpus = ";".join(",".join(devices) for devices in self._slots)
         command = [sys.executable, "-P", "-m", "repro_sweep.worker.agent", "--socket", self._context.socket]
-        command += ["--worker", worker, "--slots", str(len(self._slots)), f"--gpus={gpus}"]
+        command += ["--worker", worker, *(f"--slot={','.join(gpus)}" for gpus in self._slots)]
         try:
             with (directory / "worker.log").open("wb") as log:
                 self._workers[worker] = subprocess.Popen(

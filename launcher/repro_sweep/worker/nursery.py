@@ -5,13 +5,14 @@ An agent's slots call it from their threads; one thread of its own reads the zyg
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,7 @@ class Nursery:
         self._hazard: str | None = None
         self._failed: str | None = None
         self._closing = False
+        self._preloaded: set[str] = set()
         self._process, self._sock = _start(spec)
         threading.Thread(target=self._read, daemon=True, name="zygote").start()
 
@@ -75,6 +77,15 @@ class Nursery:
             self._start_inline(child, request, channel, output)
         return child
 
+    def preload(self, modules: Sequence[str]) -> None:
+        """Have the zygote import what a trial had to import, once for all later trials."""
+        with self._lock:
+            new = [module for module in modules if module not in self._preloaded]
+            if new and self._hazard is None:
+                self._preloaded.update(new)
+                with contextlib.suppress(OSError):
+                    wire.send(self._sock, {"preload": new})
+
     def kill(self, child: Child) -> None:
         """Kill a trial with everything it started."""
         if child.process is not None:
@@ -82,10 +93,8 @@ class Nursery:
             return
         with self._lock:
             if child.attempt in self._children:
-                try:
+                with contextlib.suppress(OSError):  # the zygote is gone, and took its children with it
                     wire.send(self._sock, {"kill": child.attempt})
-                except OSError:
-                    pass  # the zygote is gone, and took its children with it
 
     def close(self) -> None:
         """End the zygote and wait for it."""
@@ -109,6 +118,7 @@ class Nursery:
                 self._failed = "the process that imports the task died (see the worker's worker.log)"
             elif self._hazard is None and self._failed is None and not self._closing:
                 self._ready.clear()
+                self._preloaded.clear()
                 self._process, self._sock = _start(self._spec)
                 threading.Thread(target=self._read, daemon=True, name="zygote").start()
         for child in children:
@@ -166,7 +176,5 @@ def _start(spec: str, *options: str) -> tuple[subprocess.Popen[bytes], socket.so
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass

@@ -33,6 +33,8 @@ class CappedLog:
     def close(self) -> None:
         """Write the tail and close the file."""
         if self._dropped:
-            self._file.write(f"\n[repro-sweep: {self._dropped:,} bytes left out (sweep.log_limit_mb)]\n".encode())
+            self._file.write(
+                f"\n[repro-sweep: {self._dropped:,} bytes left out (sweep.log_limit_mb)]\n".encode()
+            )
         self._file.write(b"".join(self._tail))
         self._file.close()

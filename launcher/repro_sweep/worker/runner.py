@@ -7,6 +7,7 @@ The result goes to the agent as one message before the process ends, so that a c
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import logging
 import math
@@ -28,24 +29,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from repro_sweep import task as tasks
-from repro_sweep.config.compose import Composer, hydra_yaml, to_yaml
+from repro_sweep.config.compose import Composer
+from repro_sweep.config.yamltext import hydra_yaml, to_yaml
 from repro_sweep.errors import TrialPruned, UserError
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.worker import trial
-from repro_sweep.worker.zygote import allow_threads
+from repro_sweep.worker.zygote import PRELOADED, allow_threads
 
 _MESSAGE_LIMIT = 2000
 _REHEARSED_LOGGING = {
     "version": 1,
     "formatters": {"simple": {"format": "%(message)s"}},
-    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "simple", "stream": "ext://sys.stdout"}},
+    "handlers": {
+        "console": {"class": "logging.StreamHandler", "formatter": "simple", "stream": "ext://sys.stdout"}
+    },
     "root": {"level": "INFO", "handlers": ["console"]},
     "disable_existing_loggers": False,
 }
 
 
-class Drift(Exception):
+class DriftError(Exception):
     """The config composed here is not the one that was frozen at submission."""
 
 
@@ -76,13 +80,13 @@ class Runner:
 
     def _rehearse(self, message: Mapping[str, Any]) -> None:
         """Do once in the parent what every child does, so that caches (parsers', imports') are warm in all of them."""
-        job = self._composer.job_config(message["overrides"], num=0, job_id="0", output_dir=message["directory"])
+        job = self._composer.job_config(
+            message["overrides"], num=0, job_id="0", output_dir=message["directory"]
+        )
         shell = _hydra_shell(job)
         hydra_yaml(shell)
-        try:
+        with contextlib.suppress(OmegaConfBaseException):  # what is wrong with it, the trial will say
             OmegaConf.to_container(job.hydra.job_logging, resolve=True)
-        except OmegaConfBaseException:
-            pass  # what is wrong with it, the trial will say
         configure_log(OmegaConf.create(_REHEARSED_LOGGING))
         logging.root.handlers.clear()
 
@@ -95,10 +99,13 @@ class Runner:
         os.close(output_fd)
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # text streams on descriptors
-        faulthandler.enable(file=sys.__stderr__)
+        faulthandler.enable(file=2)
         context = trial.Context(socket.socket(fileno=channel_fd), Path(message["directory"]))
         trial.enter(context)
-        context.send(result=self._result(message, context))
+        known = PRELOADED.intersection(sys.modules)
+        result = self._result(message, context)
+        context.send(imported=sorted(PRELOADED.intersection(sys.modules) - known))
+        context.send(result=result)
         _exit()
 
     def _result(self, message: Mapping[str, Any], context: trial.Context) -> dict[str, Any]:
@@ -111,7 +118,12 @@ class Runner:
         except BaseException as error:  # noqa: BLE001  (user code: whatever it raises is the trial's failure)
             _print_exception(error)
             kind = _kind(error)
-            return {"state": TrialState.FAIL, "kind": kind, "message": _one_line(error), "metrics": context.last}
+            return {
+                "state": TrialState.FAIL,
+                "kind": kind,
+                "message": _one_line(error),
+                "metrics": context.last,
+            }
 
     def _run_job(self, message: Mapping[str, Any], context: trial.Context) -> object:
         """What ``hydra.core.utils.run_job`` does, at a tenth of its cost."""
@@ -125,7 +137,8 @@ class Runner:
             output_dir=str(context.directory),
             consume=True,
         )
-        HydraConfig.instance().cfg = _hydra_shell(job)
+        shell = _hydra_shell(job)
+        HydraConfig.instance().cfg = shell  # type: ignore[assignment]  # Hydra's own set_config does the same
         node = job.hydra
         if _changes_directory(node):
             os.chdir(context.directory)
@@ -134,7 +147,7 @@ class Runner:
             folder = context.directory / node.output_subdir
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(message["config"], encoding="utf-8")
-            (folder / "hydra.yaml").write_text(hydra_yaml(HydraConfig.instance().cfg), encoding="utf-8")
+            (folder / "hydra.yaml").write_text(hydra_yaml(shell), encoding="utf-8")
             (folder / "overrides.yaml").write_text(to_yaml(node.overrides.task), encoding="utf-8")
         os.environ.update({key: str(value) for key, value in node.job.env_set.items()})
         return _call(self._task, config, job)
@@ -146,7 +159,7 @@ def _call(task: Callable[[Any], object], config: DictConfig, job: DictConfig) ->
         return task(config)
     callbacks = Callbacks(job)
     returned = JobReturn(
-        overrides=list(job.hydra.overrides.task), cfg=config, hydra_cfg=HydraConfig.instance().cfg,
+        overrides=list(job.hydra.overrides.task), cfg=config, hydra_cfg=job,
         working_dir=str(Path.cwd()), task_name=job.hydra.job.name,
     )  # fmt: skip
     callbacks.on_job_start(config=job, task_function=task)
@@ -194,8 +207,10 @@ def _check_drift(composed: str, frozen: str) -> None:
         return
     import difflib
 
-    lines = difflib.unified_diff(frozen.splitlines(), composed.splitlines(), "submitted", "now", lineterm="", n=0)
-    raise Drift("the config has drifted since it was submitted:\n" + "\n".join(lines))
+    lines = difflib.unified_diff(
+        frozen.splitlines(), composed.splitlines(), "submitted", "now", lineterm="", n=0
+    )
+    raise DriftError("the config has drifted since it was submitted:\n" + "\n".join(lines))
 
 
 def _final_metrics(value: object, reported: Mapping[str, float], metric: str | None) -> dict[str, Any]:
@@ -216,7 +231,9 @@ def _final_metrics(value: object, reported: Mapping[str, float], metric: str | N
             logging.getLogger("repro_sweep").info("%s: it is not recorded", error)
     if metric is not None and metric not in metrics:
         names = ", ".join(sorted(metrics)) or "nothing"
-        return _invalid(f"sweep.metric: the task does not return '{metric}' ({names})", metrics) | {"missing": True}
+        return _invalid(f"sweep.metric: the task does not return '{metric}' ({names})", metrics) | {
+            "missing": True
+        }
     if metric is not None and math.isnan(metrics[metric]):
         return _invalid(f"metric '{metric}' is NaN", metrics)
     return {"metrics": metrics}
@@ -224,7 +241,12 @@ def _final_metrics(value: object, reported: Mapping[str, float], metric: str | N
 
 def _invalid(message: str, metrics: dict[str, float]) -> dict[str, Any]:
     print(f"repro-sweep: {message}", file=sys.stderr)  # noqa: T201  (the trial's own log)
-    return {"state": TrialState.FAIL, "kind": FailureKind.INVALID_METRIC, "message": message, "metrics": metrics}
+    return {
+        "state": TrialState.FAIL,
+        "kind": FailureKind.INVALID_METRIC,
+        "message": message,
+        "metrics": metrics,
+    }
 
 
 def _kind(error: BaseException) -> FailureKind:
@@ -241,7 +263,7 @@ def _one_line(error: BaseException) -> str:
         text = str(error).strip()
     except Exception:  # noqa: BLE001  (user code)
         text = "(its text cannot be had)"
-    if isinstance(error, Drift | UserError):
+    if isinstance(error, DriftError | UserError):
         return text[:_MESSAGE_LIMIT]
     first = text.splitlines()[0] if text else ""
     return f"{type(error).__name__}: {first}".removesuffix(": ")[:_MESSAGE_LIMIT]

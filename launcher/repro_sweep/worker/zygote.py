@@ -4,15 +4,17 @@ It must never run user code itself beyond that import, start a thread, or open C
 would hang or crash. If the import did one of these, the zygote says so and forks nothing; the agent then starts a new
 process for each trial (``--inline``), which runs that one trial itself.
 
-Messages from the agent: ``{"spec"}`` first, then ``{"run": attempt, ...}`` with the trial's channel and output, and
-``{"kill": attempt}``. To the agent: ``{"ready", "hazard"}`` or ``{"failed"}``, then ``{"started"}`` or ``{"refused"}``,
+Messages from the agent: ``{"spec"}`` first, then ``{"run": attempt, ...}`` with the trial's channel and output,
+``{"kill": attempt}``, and ``{"preload": modules}`` that a trial had to import. To the agent: ``{"ready", "hazard"}`` or ``{"failed"}``, then ``{"started"}`` or ``{"refused"}``,
 and ``{"ended", "status"}`` for each trial.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import selectors
 import signal
@@ -20,6 +22,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,13 @@ _THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
+_OTHER_VARIABLES = {
+    "JE_ARROW_MALLOC_CONF": "background_thread:false"
+}  # pandas' pyarrow starts a thread for its memory
 _PR_SET_PDEATHSIG = 1
+PRELOADED = frozenset({"matplotlib.figure", "pandas", "scipy.stats", "torch._dynamo", "torch.utils.data"})
+"""Modules that are slow to import, safe to fork after, and often imported only when a trial runs: torch's optimizers
+import ``torch._dynamo``, for 0.8 s of each trial. The zygote imports one of them when a first trial had to."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -74,6 +83,12 @@ class Zygote:
                 if attempt == message["kill"]:
                     _kill_group(pid)
             return
+        if "preload" in message:
+            preload(message["preload"])
+            hazard = fork_hazard()
+            if hazard is not None:
+                wire.send(self._sock, {"ready": True, "hazard": hazard})
+            return
         attempt = str(message["run"])
         try:
             self._runner.prepare(message)
@@ -86,10 +101,8 @@ class Zygote:
         pid = os.fork()
         if pid == 0:
             self._child(message, fds, zygote)
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.setpgid(pid, pid)  # here too: a kill may follow before the child has done it
-        except (ProcessLookupError, PermissionError):
-            pass
         for fd in fds:
             os.close(fd)
         self._children[pid] = attempt
@@ -132,6 +145,8 @@ def limit_threads() -> None:
 
     Variables that the user has set stay as they are. :func:`allow_threads` is the other half.
     """
+    for variable, value in _OTHER_VARIABLES.items():
+        os.environ.setdefault(variable, value)
     for variable in _THREAD_VARIABLES:
         if variable not in os.environ:
             os.environ[variable] = "1"
@@ -155,6 +170,15 @@ def allow_threads(resources: Resources) -> None:
         sys.modules["torch"].set_num_threads(threads)
 
 
+def preload(modules: Sequence[str]) -> None:
+    """Import, in the zygote, what its trials would otherwise import each for itself."""
+    for module in PRELOADED.intersection(modules):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+
+
 def fork_hazard() -> str | None:
     """Why a fork of this process is unsafe after the task's import, None when it is safe."""
     names = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
@@ -170,10 +194,8 @@ def fork_hazard() -> str | None:
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def main() -> None:

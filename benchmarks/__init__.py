@@ -1,0 +1,1 @@
+"""repro-sweep beside its peers, measured in one run: see README.md here."""

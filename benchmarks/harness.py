@@ -1,0 +1,236 @@
+"""What all benchmarks share: a project to run, the systems to run it with, and honest stamps.
+
+Every task writes ``time.time()`` at its first and last statement into one file, whatever system runs it; the makespan
+of all systems is taken from there. For us the ledger's figure, from handing out to the recorded end, is kept too: it
+is the stricter one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TIMEOUT_S = 900.0
+_POLL_S = 0.25
+_STAMPS = "BENCHMARK_STAMPS"
+_TASK = '''\
+"""A benchmark's task: it notes its own start and end."""
+
+import os
+import time
+{imports}
+
+
+def train(cfg):
+    started = time.time()
+    {body}
+    with open(os.environ["{stamps}"], "a") as file:
+        file.write(f"{{started}} {{time.time()}}\\n")
+    return {{"value": float(cfg.x)}}
+'''
+_APP = """\
+from pathlib import Path
+
+import hydra
+from task import train
+
+hydra.main(version_base="1.3", config_path=str(Path(__file__).with_name("conf")), config_name="config")(train)()
+"""
+# 25 values in four groups: the size of a small study's config
+_CONF = {
+    "config": "defaults: [data: digits, model: lstm, optimizer: adam, trainer: short, _self_]\nx: 0\ny: 0\nseed: 0\n",
+    "data/digits": "{name: digits, validation_fraction: 0.2, test_fraction: 0.2, split_seed: 0, augment: [shift]}",
+    "model/lstm": "{name: lstm, bidirectional: false, hidden_size: 64, layers: 2, dropout: 0.1, init: {name: xavier}}",
+    "optimizer/adam": "{name: adam, lr: 0.01, beta1: 0.9, beta2: 0.999, weight_decay: 0.0, amsgrad: false}",
+    "trainer/short": "{epochs: 20, batch_size: 32, clip: 1.0, patience: 5}",
+}
+_SWEEP = """\
+defaults: [base_sweep, sampler: grid, executor: local, _self_]
+name: bench
+task: task.train
+metric: value
+params: {params}
+"""
+
+
+class BenchmarkError(Exception):
+    """Something did not run as it must for its figures to mean anything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """First start to last end of ``trials`` trials, by the tasks' own stamps, and by our ledger where it is ours."""
+
+    trials: int
+    makespan_s: float
+    ledger_s: float = 0.0
+    first_start_s: float = 0.0
+    """From the command's start to the first trial's."""
+    after_s: float = 0.0
+    """From the last trial's end to the command's."""
+    peak_rss_mb: float = 0.0
+    """Of the command's own process."""
+
+    @property
+    def per_trial_ms(self) -> float:
+        """Milliseconds a trial."""
+        return self.makespan_s / self.trials * 1000
+
+
+class Project:
+    """A Hydra application in a folder of its own, which runs under our front door and under plain Hydra."""
+
+    def __init__(self, folder: Path, *, params: str = "{}", imports: str = "", body: str = "pass") -> None:
+        self.folder = folder
+        files = {f"conf/{name}.yaml": text for name, text in _CONF.items()}
+        files["conf/sweep/bench.yaml"] = _SWEEP.format(params=params)
+        files["task.py"] = _TASK.format(imports=imports, body=body, stamps=_STAMPS)
+        files["app.py"] = _APP
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        self._stamps = folder / "stamps.txt"
+        self._ledger = folder / "multirun/bench/ledger.db"
+
+    def peer(self, command: Sequence[str], trials: int, timeout_s: float = TIMEOUT_S) -> Times:
+        """Run another system's command here, which runs ``trials`` trials of the task."""
+        self._stamps.unlink(missing_ok=True)
+        with self._started([sys.executable, *command]) as process:
+            if _wait(process, timeout_s) != 0:
+                raise self._failed(f"status {process.returncode}")
+        return Times(trials=trials, makespan_s=self._stamped(trials))
+
+    def sweep(self, trials: int, *overrides: str, upload: bool = True, only_start: bool = False) -> Times:
+        """Run the sweep through our front door.
+
+        Args:
+            trials: how many there are; all must be COMPLETE at the end.
+            overrides: of the command line, behind ``+sweep=bench``.
+            upload: wait until MLflow has everything; else interrupt that.
+            only_start: interrupt as soon as a trial has started.
+        """
+        self._stamps.unlink(missing_ok=True)
+        began, peak = time.time(), 0.0
+        with self._started([*front_door(), "+sweep=bench", *overrides]) as process:
+            while process.poll() is None:
+                if time.time() - began > TIMEOUT_S:
+                    raise self._failed("not over in time")
+                peak = max(peak, _peak_rss_mb(process.pid))
+                started, open_trials = self._look()
+                if started and (only_start or (open_trials == 0 and not upload)):
+                    process.send_signal(
+                        signal.SIGINT
+                    )  # the first stops handing out, later ones stop the rest
+                    _wait(process, 2.0)
+                time.sleep(_POLL_S)
+        ended = time.time()
+        first, last, complete = self._attempts()
+        if complete < (1 if only_start else trials):
+            raise self._failed(f"{complete} of {trials} trials complete, status {process.returncode}")
+        return Times(
+            trials=trials,
+            makespan_s=0.0 if only_start else self._stamped(trials),
+            ledger_s=last - first,
+            first_start_s=first - began,
+            after_s=ended - last,
+            peak_rss_mb=peak,
+        )
+
+    @contextlib.contextmanager
+    def _started(self, command: Sequence[str]):
+        env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        env[_STAMPS] = str(self._stamps)
+        with (self.folder / "output.txt").open("wb") as output:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                start_new_session=True,
+            )  # fmt: skip
+        try:
+            yield process
+        finally:
+            stop(process)
+
+    def _look(self) -> tuple[int, int]:
+        """How many attempts have started, and how many trials are not over."""
+        try:
+            with contextlib.closing(_read_only(self._ledger)) as db:
+                started = db.execute("SELECT count(*) FROM attempts").fetchone()[0]
+                left = db.execute(
+                    "SELECT count(*) FROM trials WHERE state IN ('WAITING', 'RUNNING')"
+                ).fetchone()[0]
+                return int(started), int(left)
+        except sqlite3.OperationalError:
+            return 0, 0  # not there yet
+
+    def _attempts(self) -> tuple[float, float, int]:
+        try:
+            with contextlib.closing(_read_only(self._ledger)) as db:
+                first, last = db.execute("SELECT min(started_at), max(ended_at) FROM attempts").fetchone()
+                complete = db.execute("SELECT count(*) FROM attempts WHERE state = 'COMPLETE'").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            raise self._failed(str(error)) from error
+        return float(first or 0), float(last or 0), int(complete)
+
+    def _stamped(self, trials: int) -> float:
+        lines = self._stamps.read_text(encoding="utf-8").splitlines() if self._stamps.exists() else []
+        if len(lines) != trials:
+            raise self._failed(f"{len(lines)} of {trials} trials left their stamps")
+        stamps = [tuple(map(float, line.split())) for line in lines]
+        return max(end for _, end in stamps) - min(start for start, _ in stamps)
+
+    def _failed(self, why: str) -> BenchmarkError:
+        output = (self.folder / "output.txt").read_text(errors="replace")
+        return BenchmarkError(f"{self.folder}: {why}\n{output[-3000:]}")
+
+
+def front_door() -> list[str]:
+    """The command that users run; its module where the package is not installed."""
+    script = Path(sys.executable).with_name("repro-sweep")
+    return [str(script)] if script.exists() else [sys.executable, "-m", "repro_sweep.cli.main"]
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a session, and what is left of its group."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def best_of(count: int, command: Sequence[str]) -> float:
+    """The shortest of ``count`` runs of a command, in seconds."""
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(timeout_s)
+    return None
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10.0)
+
+
+def _peak_rss_mb(pid: int) -> float:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return 0.0

@@ -1,0 +1,78 @@
+"""What the user reads when a sweep has ended: the ranking, the failures, and where to look next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from repro_sweep.cli.display import duration
+from repro_sweep.cli.rankings import table
+from repro_sweep.leaderboard import Entry, rank_points
+from repro_sweep.ledger import Ledger
+from repro_sweep.progress import Progress
+from repro_sweep.states import TrialState
+from repro_sweep.sweep import SweepSpec
+from repro_sweep.worker.agent import LOG_NAME
+
+_SHOWN_POINTS = 10
+_SHOWN_FAILURES = 10
+_UNNAMED_METRIC = "objective"  # what a task returns as a plain number, where the sweep names no metric
+
+
+def summarise(spec: SweepSpec, progress: Progress, left: int) -> bool:
+    """Print the summary; returns whether some trial failed.
+
+    ``left`` is the number of trials that MLflow does not have yet.
+    """
+    _print_ranking(spec)
+    _print_failures(progress)
+    counts = progress.counts
+    parts = [f"{counts[state]} {state.lower()}" for state in TrialState if counts[state]]
+    print(f"\n{spec.name}: {', '.join(parts)}", end="")
+    if progress.elapsed_s > 0:
+        print(f"; slots {progress.busy:.0%} busy over {duration(progress.elapsed_s)}", end="")
+    print()
+    if left:
+        print(
+            f"{left} trials are not in MLflow yet ({spec.tracking.uri}); the same command again brings them there"
+        )
+    uri = shlex.quote(spec.tracking.uri)
+    if spec.tracking.uri.startswith("http"):
+        print(f"MLflow: {spec.tracking.uri}, experiment {spec.tracking.experiment}")
+    else:
+        print(f"see it in a browser: mlflow ui --backend-store-uri {uri}")
+    return bool(progress.failures)
+
+
+def _print_ranking(spec: SweepSpec) -> None:
+    ledger = Ledger.open(Path(spec.directory), readonly=True)
+    try:
+        metric = spec.metric or _UNNAMED_METRIC
+        values = {
+            attempt.trial: attempt.metrics.get(metric)
+            for attempt in ledger.attempts()
+            if attempt.state is TrialState.COMPLETE
+        }
+        entries = [
+            Entry(number=trial.number, params=trial.params, state=trial.state, value=values.get(trial.number))
+            for trial in ledger.trials()
+        ]
+    finally:
+        ledger.close()
+    if all(value is None for value in values.values()):
+        return
+    rows = rank_points(entries, spec.direction)
+    print(f"\n{table(rows[:_SHOWN_POINTS], metric)}")
+    if len(rows) > _SHOWN_POINTS:
+        print(f"… {len(rows) - _SHOWN_POINTS} more: repro-sweep rank {spec.name}")
+
+
+def _print_failures(progress: Progress) -> None:
+    if not progress.failures:
+        return
+    print(f"\n{len(progress.failures)} failed:")
+    for failure in progress.failures[:_SHOWN_FAILURES]:
+        message = failure.message.splitlines()[0] if failure.message else ""
+        print(f"  trial {failure.trial}  {failure.kind}  {message}  {Path(failure.directory) / LOG_NAME}")
+    if len(progress.failures) > _SHOWN_FAILURES:
+        print(f"  … {len(progress.failures) - _SHOWN_FAILURES} more")

@@ -1,0 +1,320 @@
+"""Reading a sweep's results back from MLflow: works on any machine that sees the tracking server, and changes nothing.
+
+MLflow is imported when something is read.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import difflib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from repro_sweep.errors import TrackingError
+from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.tracking.encoding import CONFIG_ARTIFACT, PREFIX, RECORD_ARTIFACT, safe_key
+from repro_sweep.tracking.store import one_line
+from repro_sweep.tracking.uri import (
+    EMBEDDED,
+    ENVIRONMENT,
+    check_is_mlflow,
+    checked_uri,
+    redacted,
+    sqlite_path,
+)
+
+_PAGE = 1000
+_LARGEST = 1.7976931348623157e308
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a trial failed, and its message (shortened)."""
+
+    kind: FailureKind | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One trial of a sweep, as MLflow has it.
+
+    Attributes:
+        number: its number in the sweep.
+        params: the values that distinguish its point.
+        repeat: the values that distinguish it from the other trials of its point.
+        overrides: Hydra's overrides that it ran with.
+        metrics: the final value of each metric, or the latest one reported.
+        state: where it stands.
+        failure: why it failed, None where it did not.
+        run_id: the id of its MLflow run.
+        identity: hash of task, config, source and data; equal identities are the same experiment.
+    """
+
+    number: int
+    params: Mapping[str, object]
+    repeat: Mapping[str, object]
+    overrides: tuple[str, ...]
+    metrics: Mapping[str, float]
+    state: TrialState
+    failure: Failure | None
+    run_id: str
+    identity: str
+    uri: str = field(repr=False)
+
+    @property
+    def config(self) -> DictConfig:
+        """The config that it ran with.
+
+        Raises:
+            TrackingError: MLflow does not have it (yet).
+        """
+        config = OmegaConf.load(self.artifact(CONFIG_ARTIFACT))
+        assert isinstance(config, DictConfig)
+        return config
+
+    def artifact(self, path: str) -> Path:
+        """A local path of one of its artifacts (or a folder of them), which must not be written to.
+
+        It is the artifact itself where that is a local file, else a copy that lasts as long as this process.
+
+        Raises:
+            TrackingError: there is no such artifact, or it cannot be had.
+        """
+        import mlflow.artifacts
+
+        with _reading(self.uri):
+            try:
+                found = mlflow.artifacts.download_artifacts(
+                    run_id=self.run_id,
+                    artifact_path=path,
+                    tracking_uri=self.uri,
+                    dst_path=_copies(self.run_id, self.uri),
+                )
+            except OSError as error:
+                raise self._no_artifact(path, error) from error
+            except mlflow.exceptions.MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                raise self._no_artifact(path, error) from error
+        if not Path(found).exists():
+            raise self._no_artifact(path, None)
+        return Path(found)
+
+    def _no_artifact(self, path: str, error: Exception | None) -> TrackingError:
+        import mlflow.artifacts
+
+        there: list[str] = []
+        with contextlib.suppress(mlflow.exceptions.MlflowException, OSError):
+            listed = mlflow.artifacts.list_artifacts(run_id=self.run_id, tracking_uri=self.uri)
+            there = [each.path for each in listed or []]
+        why = f"it has {', '.join(there)}" if there else one_line(error) if error else "it has none"
+        return TrackingError(f"trial {self.number} has no artifact {path!r}: {why}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """A sweep's own run."""
+
+    name: str
+    run_id: str
+    experiment_id: str
+    metric: str | None
+    direction: Direction
+    uri: str
+
+
+def reading_uri(uri: str | None) -> str:
+    """The tracking URI to read from: the given one, else the environment's, else ``mlflow.db`` in this folder.
+
+    Raises:
+        TrackingError: there is none, or it cannot be used. Nothing is created.
+    """
+    cwd = Path.cwd()
+    if uri:
+        found = checked_uri(uri, where="uri", cwd=cwd)
+    elif os.environ.get(ENVIRONMENT):
+        found = checked_uri(os.environ[ENVIRONMENT], where=ENVIRONMENT, cwd=cwd)
+    elif (cwd / EMBEDDED).exists():
+        found = checked_uri(f"sqlite:///{cwd / EMBEDDED}", where="working directory", cwd=cwd)
+    else:
+        raise TrackingError(
+            f"no MLflow store: {ENVIRONMENT} is not set and there is no {EMBEDDED} in {cwd}; pass uri=…"
+        )
+    path = sqlite_path(found)
+    if path is not None:
+        if not path.is_file():
+            raise TrackingError(f"{path}: there is no MLflow store")
+        check_is_mlflow(path)
+    return found
+
+
+def find_sweep(name: str, uri: str) -> Sweep:
+    """The newest sweep of a name.
+
+    Raises:
+        TrackingError: there is none (the message names similar ones), or the store cannot be read.
+    """
+    with _reading(uri):
+        client = _client(uri)
+        experiments = _experiments(client)
+        condition = f"tags.`{PREFIX}kind` = 'sweep'"
+        exact = condition if "'" in name else f"{condition} and tags.`{PREFIX}sweep` = '{name}'"
+        for run in _runs(client, experiments, exact, order_by=["attributes.start_time DESC"]):
+            if run.data.tags.get(f"{PREFIX}sweep") == name:
+                return _sweep(run, uri)
+        names = {run.data.tags.get(f"{PREFIX}sweep", "") for run in _runs(client, experiments, condition)}
+    near = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5) or sorted(names)[:10]
+    hint = f"did you mean {', '.join(near)}?" if near else "there are no sweeps at all"
+    raise TrackingError(f"no sweep named {name!r} at {redacted(uri)}: {hint}")
+
+
+def read_trials(sweep: Sweep) -> list[Trial]:
+    """All trials of a sweep that have a run, by number.
+
+    Raises:
+        TrackingError: the store cannot be read.
+    """
+    with _reading(sweep.uri):
+        client = _client(sweep.uri)
+        condition = f"tags.`mlflow.parentRunId` = '{sweep.run_id}' and tags.`{PREFIX}kind` = 'trial'"
+        found: dict[int, Trial] = {}
+        for run in _runs(client, [sweep.experiment_id], condition, order_by=["attributes.start_time ASC"]):
+            trial = _trial(run, sweep.uri)
+            found.setdefault(trial.number, trial)
+    return [found[number] for number in sorted(found)]
+
+
+def value_of(trial: Trial, metric: str) -> float | None:
+    """A trial's value of a metric, under its own name or the one that MLflow took for it."""
+    value = trial.metrics.get(metric)
+    return trial.metrics.get(safe_key(metric)) if value is None else value
+
+
+def _sweep(run: Any, uri: str) -> Sweep:
+    tags = run.data.tags
+    return Sweep(
+        name=tags[f"{PREFIX}sweep"],
+        run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        metric=tags.get(f"{PREFIX}metric") or None,
+        direction=Direction(tags.get(f"{PREFIX}direction", Direction.MAXIMIZE)),
+        uri=uri,
+    )
+
+
+def _trial(run: Any, uri: str) -> Trial:
+    tags = {key.removeprefix(PREFIX): value for key, value in run.data.tags.items() if key.startswith(PREFIX)}
+    kind = tags.get("failure_kind")
+    state = TrialState(tags["state"])
+    record = _record(tags, run.info.run_id, uri)
+    metrics = {key: _restored(value) for key, value in run.data.metrics.items()}
+    for key, value in json.loads(tags.get("metrics") or "{}").items():
+        metrics.pop(safe_key(key), None)
+        metrics[key] = float(value)
+    return Trial(
+        number=int(tags["trial"]),
+        params=record["params"],
+        repeat=record["repeat"],
+        overrides=tuple(record["overrides"]),
+        metrics=metrics,
+        state=state,
+        failure=Failure(kind=FailureKind(kind) if kind else None, message=tags.get("failure_message", ""))
+        if state is TrialState.FAIL
+        else None,
+        run_id=run.info.run_id,
+        identity=tags["identity"],
+        uri=uri,
+    )
+
+
+def _record(tags: Mapping[str, str], run_id: str, uri: str) -> dict[str, Any]:
+    """Params, repeat and overrides: from the tags, or from an artifact where they were too long for tags."""
+    keys = ("params", "repeat", "overrides")
+    if not any(tags[key].startswith("sha256:") for key in keys):
+        return {key: json.loads(tags[key]) for key in keys}
+    import mlflow.artifacts
+
+    record: dict[str, Any] = mlflow.artifacts.load_dict(_artifact_uri(run_id, uri))
+    return record
+
+
+def _artifact_uri(run_id: str, uri: str) -> str:
+    location: str = _client(uri).get_run(run_id).info.artifact_uri
+    return f"{location}/{RECORD_ARTIFACT}"
+
+
+def _restored(value: float) -> float:
+    """MLflow's stores keep infinities as the largest finite number."""
+    return math.copysign(math.inf, value) if abs(value) >= _LARGEST else value
+
+
+def _client(uri: str) -> Any:
+    import mlflow
+
+    return mlflow.MlflowClient(uri)
+
+
+def _experiments(client: Any) -> list[str]:
+    found: list[str] = []
+    token = None
+    while True:
+        page = client.search_experiments(max_results=_PAGE, page_token=token)
+        found += [each.experiment_id for each in page]
+        token = page.token
+        if not token:
+            return found
+
+
+def _runs(
+    client: Any, experiments: list[str], condition: str, order_by: list[str] | None = None
+) -> Iterator[Any]:
+    token = None
+    while experiments:
+        page = client.search_runs(
+            experiments, condition, max_results=_PAGE, order_by=order_by, page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+@contextlib.contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """Map MLflow's errors, and do not let it try for minutes to reach a server that is down."""
+    import mlflow.exceptions
+
+    patient = _RETRIES in os.environ
+    os.environ.setdefault(_RETRIES, "2")
+    try:
+        yield
+    except mlflow.exceptions.MlflowException as error:
+        raise TrackingError(f"{redacted(uri)}: {one_line(error)}") from error
+    finally:
+        if not patient:
+            os.environ.pop(_RETRIES, None)
+
+
+_temporary: dict[str, str] = {}
+
+
+def _copies(run_id: str, uri: str) -> str | None:
+    """A folder for copies of a run's artifacts, one for each run; none is needed for local files."""
+    if sqlite_path(uri) is not None:
+        return None
+    if run_id not in _temporary:
+        _temporary[run_id] = tempfile.mkdtemp(prefix="repro-sweep-")
+        atexit.register(shutil.rmtree, _temporary[run_id], ignore_errors=True)
+    return _temporary[run_id]

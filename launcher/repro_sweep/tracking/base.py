@@ -1,0 +1,67 @@
+"""What a tracker is: a background projection of a sweep's ledger into a tracking server.
+
+A tracker only reads the ledger and never stands on a trial's path: it may be hours behind, and killing it at any
+instant loses nothing, because whatever it has not recorded as sent it sends again, without duplicates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRef:
+    """Where the run of one trial is: the tracking URI, and the ids of the run and its experiment."""
+
+    uri: str
+    run_id: str
+    experiment_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a tracker is.
+
+    ``left`` counts the trials (and the sweep itself) that have something not uploaded yet. ``error`` is one line
+    that says why nothing, or something, cannot be uploaded now. ``done`` is true when a finishing tracker has
+    uploaded all that the server takes.
+    """
+
+    left: int
+    error: str | None = None
+    done: bool = False
+
+
+Answer = Callable[[RunRef | str], None]
+"""Called once with the run, or with one line that says why there is none."""
+
+
+class Tracker(ABC):
+    """A projection of one sweep's ledger. All methods are called by one thread; none of them waits for the server."""
+
+    @abstractmethod
+    def sync(self) -> float:
+        """Take notice of what is new in the ledger and start uploading it.
+
+        Returns:
+            After how many seconds there may be something to do again, if nothing wakes the caller before.
+        """
+
+    @abstractmethod
+    def request_run(self, trial: int, answer: Answer) -> None:
+        """Create or find the run of a trial now, ahead of all others, and pass it to ``answer``."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """From now on, give trials that never started a run as well, and close the sweep's run."""
+
+    @property
+    @abstractmethod
+    def progress(self) -> Progress:
+        """How far the tracker is."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for the uploads under way, record them, and start no others."""

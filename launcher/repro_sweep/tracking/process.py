@@ -1,0 +1,304 @@
+"""The process that a sweep's tracker runs in, and the coordinator's end of it.
+
+MLflow is imported here and nowhere near a trial or the coordinator. The two sides speak JSON lines::
+
+    coordinator -> tracker   {"do": "run", "trial": 3}    {"do": "finish"}    (end of file: stop soon)
+    tracker -> coordinator   {"run": 3, "run_id": …, "uri": …, "experiment_id": …}    {"run": 3, "error": "one line"}
+                             {"left": 12, "error": null}, about once a second
+
+Started by hand, ``python -m repro_sweep.tracking.process DIRECTORY`` brings MLflow up to date until it is told to
+stop. What MLflow and its parts write goes to ``tracking.log`` in the sweep's directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO, cast
+
+from repro_sweep.errors import ReproSweepError, TrackingError
+from repro_sweep.tracking.base import Answer, Progress, RunRef, Tracker
+
+LOG_NAME = "tracking.log"
+_IMPLEMENTATION = ("repro_sweep.tracking.mlflow", "MlflowTracker")
+_BATCH_S = 0.1
+"""Results are gathered for so long, so that they share one write to disk."""
+_TELL_S = 1.0
+_LOCK_S = 0.2
+_LONGEST_RESTART_S = 30.0
+_KILL_S = 5.0
+_LINE_LIMIT = 1_000_000
+
+_logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tracker of the sweep in the given directory until it is done or told to stop."""
+    (directory,) = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, which tells us what to do
+    os.nice(10)
+    with _private_stdout(Path(directory)) as out:
+        try:
+            _Loop(Path(directory), out).run()
+        except ReproSweepError as error:
+            _logger.error("%s", error)  # noqa: TRY400  (one line is what the user needs)
+            return 1
+        except BrokenPipeError:  # the coordinator is gone
+            return 0
+        except Exception:
+            _logger.exception("a bug")
+            return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _private_stdout(directory: Path) -> Iterator[IO[str]]:
+    """Keep stdout for the protocol: everything else that writes to it or to stderr writes to the log."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    log = os.open(directory / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with out:
+        yield out
+
+
+class _Loop:
+    """Owns the tracker; everything but reading stdin happens in the main thread."""
+
+    def __init__(self, directory: Path, out: IO[str]) -> None:
+        self._directory = directory
+        self._out = out
+        self._wake = threading.Event()
+        self._commands: queue.SimpleQueue[dict[str, object] | None] = queue.SimpleQueue()
+        self._told = ""
+        self._told_at = 0.0
+        self._stop = False
+        self._eof = False
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        threading.Thread(target=self._read, name="stdin", daemon=True).start()
+
+    def run(self) -> None:
+        tracker = self._tracker()
+        if tracker is None:
+            return
+        try:
+            while not self._stop:
+                self._obey(tracker)
+                delay = tracker.sync()
+                progress = tracker.progress
+                self._tell(progress, at_once=progress.done)
+                if progress.done:
+                    return
+                if self._wake.wait(delay) and self._commands.empty():
+                    time.sleep(_BATCH_S)
+                self._wake.clear()
+        finally:
+            tracker.close()
+
+    def _tracker(self) -> Tracker | None:
+        module, name = _IMPLEMENTATION
+        from repro_sweep.tracking.store import prepare_environment
+
+        prepare_environment()
+        make = cast("Callable[..., Tracker]", getattr(importlib.import_module(module), name))
+        while True:
+            try:
+                return make(self._directory, wake=self._wake.set)
+            except BlockingIOError:
+                self._tell(Progress(left=0, error="another tracker is still at work on this sweep"))
+            time.sleep(_LOCK_S)
+            if self._stop or self._eof:
+                return None
+
+    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
+        self._stop = True
+        self._wake.set()
+
+    def _read(self) -> None:
+        for line in sys.stdin:
+            self._commands.put(json.loads(line))
+            self._wake.set()
+        self._eof = True
+        self._commands.put(None)
+        self._wake.set()
+
+    def _obey(self, tracker: Tracker) -> None:
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is None:
+                self._stop = True
+            elif command["do"] == "finish":
+                tracker.finish()
+            elif command["do"] == "run":
+                trial = int(str(command["trial"]))
+                tracker.request_run(trial, self._answer_to(trial))
+
+    def _answer_to(self, trial: int) -> Answer:
+        def answer(found: RunRef | str) -> None:
+            if isinstance(found, str):
+                self._say({"run": trial, "error": found})
+            else:
+                ref = {"run_id": found.run_id, "uri": found.uri, "experiment_id": found.experiment_id}
+                self._say({"run": trial, **ref})
+
+        return answer
+
+    def _tell(self, progress: Progress, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if at_once or now - self._told_at >= _TELL_S:
+            self._told_at = now
+            self._say({"left": progress.left, "error": progress.error})
+
+    def _say(self, message: dict[str, object]) -> None:
+        self._out.write(json.dumps(message) + "\n")
+        self._out.flush()
+
+
+class TrackerProcess:
+    """The coordinator's end: starts the process, starts it again if it dies, and asks it things. One event loop's.
+
+    Nothing here waits for MLflow unless it is asked to.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._asked: dict[int, list[asyncio.Future[RunRef]]] = {}
+        self._progress = Progress(left=0)
+        self._finishing = False
+        self._ended = asyncio.Event()
+
+    @property
+    def progress(self) -> Progress:
+        """What the process said last; ``done`` is true when it has ended after :meth:`finish`."""
+        return self._progress
+
+    async def start(self) -> None:
+        """Start the process."""
+        await self._spawn()
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def run_ref(self, trial: int) -> RunRef:
+        """The MLflow run of a trial, created now if it does not exist.
+
+        Raises:
+            TrackingError: MLflow cannot be reached, or refuses.
+        """
+        future: asyncio.Future[RunRef] = asyncio.get_running_loop().create_future()
+        self._asked.setdefault(trial, []).append(future)
+        await self._send({"do": "run", "trial": trial})
+        return await future
+
+    async def finish(self, timeout_s: float) -> int:
+        """Let the process upload everything and end; returns how many trials were left when the time was over."""
+        self._finishing = True
+        await self._send({"do": "finish"})
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), timeout_s)
+        left = self._progress.left
+        await self.kill()
+        return left
+
+    async def kill(self) -> None:
+        """End the process: politely, by closing its input, then by force. What it has not sent is sent another time."""
+        self._finishing = True
+        process = self._process
+        if process is not None and process.returncode is None:
+            if process.stdin is not None:
+                process.stdin.close()
+            try:
+                await asyncio.wait_for(process.wait(), _KILL_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        if self._keeper is not None:
+            await self._keeper
+            self._keeper = None
+
+    async def _spawn(self) -> None:
+        command = (sys.executable, "-m", __spec__.name if __spec__ else __name__, str(self._directory))
+        self._process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_LINE_LIMIT,
+            start_new_session=True,
+        )
+
+    async def _send(self, message: dict[str, object]) -> None:
+        process = self._process
+        if process is None or process.stdin is None:
+            raise TrackingError("the tracker is not running")
+        with contextlib.suppress(ConnectionError):  # it is being started again, and is then told again
+            process.stdin.write(json.dumps(message).encode() + b"\n")
+            await process.stdin.drain()
+
+    async def _keep(self) -> None:
+        """Read what the process says; start it again when it dies before its work is done."""
+        pause_s = 1.0
+        while True:
+            assert self._process is not None
+            assert self._process.stdout is not None
+            started = time.monotonic()
+            async for line in self._process.stdout:
+                self._heard(json.loads(line))
+            code = await self._process.wait()
+            if code == 0 or self._finishing:
+                break
+            self._progress = Progress(
+                left=self._progress.left, error=f"the tracker died ({code}), see {self._directory / LOG_NAME}"
+            )
+            pause_s = (
+                1.0
+                if time.monotonic() - started > _LONGEST_RESTART_S
+                else min(2 * pause_s, _LONGEST_RESTART_S)
+            )
+            self._fail_asked("the tracker died")
+            await asyncio.sleep(pause_s)
+            if self._finishing:
+                break
+            await self._spawn()
+        self._fail_asked("the tracker has stopped")
+        self._progress = Progress(left=self._progress.left, error=self._progress.error, done=True)
+        self._ended.set()
+
+    def _heard(self, message: dict[str, object]) -> None:
+        if "left" in message:
+            error = message["error"]
+            self._progress = Progress(
+                left=int(str(message["left"])), error=None if error is None else str(error)
+            )
+            return
+        for future in self._asked.pop(int(str(message["run"])), []):
+            if future.done():
+                continue
+            if "error" in message:
+                future.set_exception(TrackingError(str(message["error"])))
+            else:
+                uri, run_id, experiment = (str(message[key]) for key in ("uri", "run_id", "experiment_id"))
+                future.set_result(RunRef(uri=uri, run_id=run_id, experiment_id=experiment))
+
+    def _fail_asked(self, why: str) -> None:
+        for trial in list(self._asked):
+            for future in self._asked.pop(trial):
+                if not future.done():
+                    future.set_exception(TrackingError(why))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

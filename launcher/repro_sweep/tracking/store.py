@@ -1,0 +1,405 @@
+"""The one place that talks to MLflow's tracking store: few calls, and every failure mapped to what to do about it.
+
+No call retries by itself: a request whose reply was lost may have been done, and only the caller can find that out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from repro_sweep.tracking.embedded import SharedTransactions
+from repro_sweep.tracking.encoding import Point, digest
+from repro_sweep.tracking.uri import ARTIFACTS, sqlite_path
+
+_METRICS_PER_BATCH = 1000
+_KEYS_PER_BATCH = 100
+_BATCH_BYTES = 500_000  # MLflow refuses requests over 1 MB
+
+_REFUSALS = frozenset(
+    {
+        "BAD_REQUEST",
+        "INVALID_PARAMETER_VALUE",
+        "INVALID_STATE",
+        "MALFORMED_REQUEST",
+        "PERMISSION_DENIED",
+        "RESOURCE_ALREADY_EXISTS",
+        "UNAUTHENTICATED",
+        "ENDPOINT_NOT_FOUND",
+    }
+)
+_REFUSING = frozenset({400, 401, 403, 405, 411, 413, 415, 422})
+"""HTTP's statuses of the same meaning."""
+
+
+class Unavailable(Exception):  # noqa: N818  (a condition, not a bug)
+    """The store cannot be reached, is too slow, or broke down; the request may have been done or not."""
+
+
+class Refused(Exception):  # noqa: N818
+    """The store has understood the request and will not do it, now or later."""
+
+
+class Gone(Exception):  # noqa: N818
+    """The run does not exist, or was deleted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundRun:
+    """A run that exists."""
+
+    run_id: str
+    artifact_uri: str
+
+
+def prepare_environment(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
+    """Set what MLflow reads from the environment, before it is imported: no retries of its own, no telemetry."""
+    environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+class Store:
+    """An MLflow tracking store. May be used by several threads.
+
+    Every method raises :class:`Unavailable`, :class:`Refused` or :class:`Gone`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._lock = threading.Lock()
+        self._opened: Any = None
+        self._stopping = False
+        self._transactions: SharedTransactions | None = None
+        self._within = threading.local()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the store is a SQLite file, for which few and large transactions are best."""
+        return sqlite_path(self.uri) is not None
+
+    @property
+    def parallel(self) -> int:
+        """How many uploads at a time are of use."""
+        return 1 if self.embedded else 4
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """What this thread writes within this context is written at its end, where the store is embedded."""
+        if not self.embedded:
+            yield
+            return
+        with _mapped():
+            transactions = self._shared_transactions()
+            with transactions.begin() as store:
+                self._within.store = store
+                try:
+                    yield
+                finally:
+                    self._within.store = None
+
+    def stop(self) -> None:
+        """Refuse to begin another request; the caller wants to end soon."""
+        self._stopping = True
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, created if there is none of that name."""
+        with _mapped():
+            store = self._store()
+            found = store.get_experiment_by_name(name)
+            if found is None:
+                try:
+                    return str(store.create_experiment(name, self._artifact_location(), []))
+                except Exception:
+                    found = store.get_experiment_by_name(
+                        name
+                    )  # another sweep was faster, or a reply was lost
+                    if found is None:
+                        raise
+            if found.lifecycle_stage != "active":
+                raise Refused(f"experiment {name!r} was deleted in MLflow: restore it, or name another one")
+            return str(found.experiment_id)
+
+    def find_runs(self, experiment: str, tags: Mapping[str, str]) -> list[FoundRun]:
+        """The runs with all these tags, always in the same order."""
+        from mlflow.entities import ViewType
+
+        with _mapped():
+            condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+            runs = self._store().search_runs([experiment], condition, ViewType.ACTIVE_ONLY, max_results=50)
+            found = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+            return [FoundRun(run_id=run.info.run_id, artifact_uri=run.info.artifact_uri) for run in found]
+
+    def create_run(self, experiment: str, tags: Mapping[str, str], *, started_ms: int) -> FoundRun:
+        """Create a run; it may exist twice afterwards if this fails and is repeated."""
+        from mlflow.entities import RunTag
+
+        with _mapped():
+            run = self._store().create_run(
+                experiment_id=experiment,
+                user_id=tags.get("mlflow.user", "unknown"),
+                start_time=started_ms,
+                tags=[RunTag(key, value) for key, value in tags.items()],
+                run_name=tags["mlflow.runName"],
+            )
+            return FoundRun(run_id=run.info.run_id, artifact_uri=run.info.artifact_uri)
+
+    def delete_run(self, run_id: str) -> None:
+        """Delete a run (it can be restored in MLflow)."""
+        with _mapped():
+            self._store().delete_run(run_id)
+
+    def params(self, run_id: str) -> dict[str, str]:
+        """The params that a run has."""
+        with _mapped():
+            return dict(self._store().get_run(run_id).data.params)
+
+    def log(
+        self,
+        run_id: str,
+        *,
+        points: Sequence[Point] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Log points, params and tags in as few requests as MLflow's limits allow, one after another."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        for some_points, some_params, some_tags in batches(points, params or {}, tags or {}):
+            with _mapped():
+                self._store().log_batch(
+                    run_id,
+                    metrics=[
+                        Metric(point.key, point.value, point.at_ms, point.step) for point in some_points
+                    ],
+                    params=[Param(key, value) for key, value in some_params],
+                    tags=[RunTag(key, value) for key, value in some_tags],
+                )
+
+    def missing(self, run_id: str, points: Sequence[Point]) -> list[Point]:
+        """Those of the points that the run does not have."""
+        there = set()
+        for key in {point.key for point in points}:
+            token = None
+            with _mapped():
+                while True:
+                    page = self._store().get_metric_history(run_id, key, page_token=token)
+                    there |= {Point(key, each.value, each.timestamp, each.step).identity for each in page}
+                    token = page.token
+                    if not token:
+                        break
+        return [point for point in points if point.identity not in there]
+
+    def set_status(self, run_id: str, status: str, *, ended_ms: int | None) -> None:
+        """Set the status of a run, and when it ended."""
+        from mlflow.entities import RunStatus
+
+        with _mapped():
+            self._store().update_run_info(run_id, RunStatus.from_string(status), ended_ms, None)
+
+    def put_text(self, artifact_uri: str, path: str, text: str) -> None:
+        """Store a small text as an artifact."""
+        folder = _local_folder(artifact_uri)
+        if folder is not None:
+            with _mapped():
+                target = folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = target.with_name(f".{target.name}.partial")
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(target)
+            return
+        with tempfile.TemporaryDirectory(prefix="repro-sweep-") as temporary:
+            file = Path(temporary) / Path(path).name
+            file.write_text(text, encoding="utf-8")
+            self.put_file(artifact_uri, path, file)
+
+    def put_file(self, artifact_uri: str, path: str, file: Path) -> None:
+        """Store a file as an artifact; one that has vanished is passed over."""
+        self._go_on()
+        parent, _, name = path.rpartition("/")
+        try:
+            folder = _local_folder(artifact_uri)
+            with _mapped():
+                if folder is not None:
+                    _copy(file, folder / path)
+                elif name == file.name:
+                    self._artifacts(artifact_uri).log_artifact(str(file), parent or None)
+                else:
+                    with tempfile.TemporaryDirectory(prefix="repro-sweep-") as temporary:
+                        link = Path(temporary) / name
+                        link.symlink_to(file.absolute())
+                        self._artifacts(artifact_uri).log_artifact(str(link), parent or None)
+        except FileNotFoundError as error:
+            if file.exists():
+                raise Unavailable(one_line(error)) from error
+
+    def _go_on(self) -> None:
+        if self._stopping:
+            raise Unavailable("the tracker is stopping")
+
+    def _client(self) -> Any:
+        self._go_on()
+        with self._lock:
+            if self._opened is None:
+                with _initialising(self.uri):
+                    import mlflow
+
+                    mlflow.set_tracking_uri(self.uri)
+                    self._opened = mlflow.MlflowClient(self.uri)
+            return self._opened
+
+    def _shared_transactions(self) -> SharedTransactions:
+        store = self._client()._tracking_client.store
+        with self._lock:
+            if self._transactions is None:
+                self._transactions = SharedTransactions(self.uri, store)
+            return self._transactions
+
+    def _store(self) -> Any:
+        # MLflow's store interface (AbstractStore) directly: the client around it makes more requests than asked for.
+        return getattr(self._within, "store", None) or self._client()._tracking_client.store
+
+    def _artifacts(self, artifact_uri: str) -> Any:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(artifact_uri, tracking_uri=self.uri)
+
+    def _artifact_location(self) -> str | None:
+        path = sqlite_path(self.uri)
+        return None if path is None else (path.parent / ARTIFACTS).as_uri()
+
+
+def batches(
+    points: Sequence[Point], params: Mapping[str, str], tags: Mapping[str, str]
+) -> Iterator[tuple[Sequence[Point], list[tuple[str, str]], list[tuple[str, str]]]]:
+    """Split what is to be logged into requests within MLflow's limits."""
+    waiting_tags = list(_pieces(tags))
+    waiting_params = list(_pieces(params))
+    rest = list(points)
+    weight = 100 + max((len(json.dumps(key)) for key in {point.key for point in points}), default=0)
+    while waiting_tags or waiting_params or rest:
+        if waiting_tags:
+            some_tags, size = waiting_tags.pop(0)
+        else:
+            some_tags, size = [], 0
+        some_params: list[tuple[str, str]] = []
+        if waiting_params and size + waiting_params[0][1] <= _BATCH_BYTES:
+            some_params, more = waiting_params.pop(0)
+            size += more
+        room = min(
+            _METRICS_PER_BATCH - len(some_tags) - len(some_params), max(0, _BATCH_BYTES - size) // weight
+        )
+        some_points, rest = rest[:room], rest[room:]
+        yield some_points, some_params, some_tags
+
+
+def _pieces(pairs: Mapping[str, str]) -> Iterator[tuple[list[tuple[str, str]], int]]:
+    piece: list[tuple[str, str]] = []
+    size = 0
+    for key, value in pairs.items():
+        weight = 6 * (len(key) + len(value)) if not value.isascii() else len(key) + 2 * len(value)
+        if piece and (len(piece) == _KEYS_PER_BATCH or size + weight > _BATCH_BYTES):
+            yield piece, size
+            piece, size = [], 0
+        piece.append((key, value))
+        size += weight
+    if piece:
+        yield piece, size
+
+
+def artifact_name(path: str) -> str:
+    """The path under which a file is stored: itself, unless HTTP or MLflow could not tell it from another one."""
+    parts = [_safe_part(part) for part in path.split("/")]
+    return "/".join(parts)
+
+
+def _safe_part(part: str) -> str:
+    if not re.search(r"[#?%\\:*\"<>|\x00-\x1f\x7f\ud800-\udfff]", part) and part == part.strip():
+        return part
+    stem, dot, suffix = part.rpartition(".")
+    safe = re.sub(r"[^\w\- .]", "_", stem or suffix).strip()
+    ending = re.sub(r"[^\w\-]", "_", suffix) if stem and dot else ""
+    return f"{safe}-{digest(part)}" + (f".{ending}" if ending else "")
+
+
+@contextlib.contextmanager
+def _mapped() -> Iterator[None]:
+    """Map every failure of MLflow, and of what is below it, to the three that callers know."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except MlflowException as error:
+        raise _meaning(error) from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        status = getattr(
+            getattr(error, "response", None), "status_code", None
+        )  # requests' HTTPError is an OSError
+        raise (Refused if status in _REFUSING else Unavailable)(one_line(error)) from error
+    except SQLAlchemyError as error:
+        raise Unavailable(one_line(error)) from error
+    except ImportError as error:
+        raise Refused(f"the driver of this database is not installed ({one_line(error)})") from error
+
+
+def _meaning(error: Exception) -> Exception:
+    code = str(getattr(error, "error_code", ""))
+    text = one_line(error)
+    if code == "RESOURCE_DOES_NOT_EXIST" or "must be in the 'active' state" in text:
+        return Gone(text)
+    return Refused(text) if code in _REFUSALS else Unavailable(text)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line of bounded length, with the cause where MLflow wraps it in URLs."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    cause = re.search(r"Caused by (\w+)\(.*?[\"'](?:<[^>]*>|HTTP\w+\([^)]*\))?:? ?(.*?)[\"']\)", text)
+    if cause is not None:
+        url = re.search(r"https?://[^\s/]+", text)
+        text = f"{url[0] if url else 'server'}: {cause[2] or cause[1]}"
+    return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+def _local_folder(artifact_uri: str) -> Path | None:
+    parts = urlsplit(artifact_uri)
+    if parts.scheme == "file" and parts.netloc in {"", "localhost"}:
+        return Path(unquote(parts.path))
+    return Path(artifact_uri) if artifact_uri.startswith("/") else None
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name[:200]}.partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+@contextlib.contextmanager
+def _initialising(uri: str) -> Iterator[None]:
+    """Only one process at a time creates the tables of a SQLite store."""
+    path = sqlite_path(uri)
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

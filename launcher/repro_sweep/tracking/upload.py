@@ -1,0 +1,345 @@
+"""What is sent to MLflow for one trial, or for the sweep itself, and in which order.
+
+Runs in the tracker's threads and touches neither the ledger nor ``tracking.db``: it is given :class:`Work` and keeps
+:class:`Sent` up to date as it goes, so that what was done before a failure is not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from repro_sweep.ledger import Attempt, Ledger, Trial
+from repro_sweep.states import TrialState
+from repro_sweep.sweep import SweepSpec
+from repro_sweep.tracking import encoding
+from repro_sweep.tracking.encoding import Curve, Point
+from repro_sweep.tracking.sent import Sent
+from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, artifact_name
+
+_REPORTS_AT_ONCE = 5000
+_LOG = "trial.log"
+_ARTIFACTS = "artifacts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the runs of the trials go."""
+
+    experiment: str
+    parent_run: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What the ledger has of a trial that was not sent. ``more``: not all of its reports are here."""
+
+    spec: SweepSpec
+    trial: Trial
+    attempts: list[Attempt]
+    points: list[Point]
+    seq: int
+    final: list[Point]
+    more: bool
+
+    @property
+    def latest(self) -> Attempt | None:
+        """The latest attempt."""
+        return self.attempts[-1] if self.attempts else None
+
+
+def load_work(ledger: Ledger, spec: SweepSpec, sent: Sent) -> Work:
+    """Read from the ledger what is new of a trial."""
+    trial = ledger.trial(sent.trial)
+    attempts = ledger.attempts(sent.trial)
+    latest = attempts[-1] if attempts else None
+    reports = ledger.reports(after=sent.seq, trial=trial.number, limit=_REPORTS_AT_ONCE)
+    points: list[Point] = []
+    for report in reports:
+        points += encoding.points_of(report.metrics, step=report.step, at=report.time)
+    more = len(reports) == _REPORTS_AT_ONCE
+    final: list[Point] = []
+    if (
+        trial.state.is_finished()
+        and latest is not None
+        and latest.metrics
+        and sent.final != latest.id
+        and not more
+    ):
+        final = _curve(ledger, trial.number).final(latest.metrics, latest.ended_at)
+    seq = reports[-1].seq if reports else sent.seq
+    return Work(spec=spec, trial=trial, attempts=attempts, points=points, seq=seq, final=final, more=more)
+
+
+def _curve(ledger: Ledger, number: int) -> Curve:
+    curve = Curve()
+    after = 0
+    while reports := ledger.reports(after=after, trial=number, limit=_REPORTS_AT_ONCE):
+        for report in reports:
+            curve.add(encoding.points_of(report.metrics, step=report.step, at=report.time))
+        after = reports[-1].seq
+    return curve
+
+
+class Upload(ABC):
+    """Bringing one run up to date, in three steps: what is said about it, its files, and how it ended.
+
+    Every step raises :class:`Unavailable`, :class:`Refused` or :class:`Gone`; ``sent`` says how far it came.
+    """
+
+    sent: Sent
+
+    @abstractmethod
+    def record(self) -> None:
+        """Create or find the run, and log its params, metrics and tags."""
+
+    @abstractmethod
+    def put_files(self) -> None:
+        """Store its artifacts."""
+
+    @abstractmethod
+    def conclude(self) -> None:
+        """Set its status."""
+
+
+def perform(store: Store, uploads: Sequence[Upload]) -> list[Exception | None]:
+    """Perform uploads side by side, so that each step of all of them can be one transaction.
+
+    Returns:
+        What each of them failed of, None where it did not.
+    """
+    before = [replace(upload.sent) for upload in uploads]
+    errors: list[Exception | None] = [None] * len(uploads)
+    for step, together in (("record", True), ("put_files", False), ("conclude", True)):
+        try:
+            with store.transaction() if together else contextlib.nullcontext():
+                for index, upload in enumerate(uploads):
+                    if errors[index] is None:
+                        errors[index] = _attempt(getattr(upload, step))
+        except (Unavailable, Refused, Gone) as error:  # the transaction itself: nothing of this step was done
+            for upload, old in zip(uploads, before, strict=True):
+                upload.sent.take(old)
+            return [error] * len(uploads)
+        before = [replace(upload.sent) for upload in uploads]
+    return errors
+
+
+def _attempt(step: Callable[[], None]) -> Exception | None:
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001  (handed to the tracker, which tells bugs from troubles)
+        return error
+    return None
+
+
+class TrialUpload(Upload):
+    """The run of one trial. ``doubt``: more than ``sent`` says may be there already."""
+
+    def __init__(self, store: Store, place: Place, work: Work, sent: Sent, *, doubt: bool) -> None:
+        self._store = store
+        self._place = place
+        self._work = work
+        self._trial = work.trial
+        self._doubt = doubt
+        self._changed = False
+        self.sent = sent
+
+    def record(self) -> None:
+        """See :meth:`Upload.record`."""
+        sent, work, trial = self.sent, self._work, self._trial
+        fresh = sent.run_id is None and self._ensure_run()
+        assert sent.run_id is not None
+        self._changed = sent.change != trial.change and not fresh
+        points = work.points + work.final
+        if self._doubt and points and not fresh:
+            points = self._store.missing(sent.run_id, points)
+        params = {} if sent.basics else encoding.params_of(trial.config)
+        tags = encoding.state_tags(trial, work.attempts) if self._changed else {}
+        if self._changed and not sent.basics:  # found on the server: its parent may be another one by now
+            tags |= encoding.fixed_tags(work.spec, trial, self._place.parent_run)
+            del tags["mlflow.runName"]
+        self._log(sent.run_id, points, params, tags)
+        sent.seq = work.seq
+
+    def put_files(self) -> None:
+        """See :meth:`Upload.put_files`."""
+        uri = self.sent.artifact_uri
+        assert uri is not None
+        if not self.sent.basics:
+            self._put_basics(uri)
+            self.sent.basics = True
+        if self._ends and self._work.latest is not None and self.sent.final != self._work.latest.id:
+            for path, file in _files(self._work.spec.trial_directory(self._trial.directory)):
+                self._store.put_file(uri, artifact_name(path), file)
+
+    def conclude(self) -> None:
+        """See :meth:`Upload.conclude`."""
+        sent, trial, latest = self.sent, self._trial, self._work.latest
+        assert sent.run_id is not None
+        if self._work.more:
+            return
+        status = encoding.STATUS[trial.state]
+        if self._ends:
+            ended = time.time() if latest is None or latest.ended_at is None else latest.ended_at
+            if sent.change != trial.change or self._doubt:
+                self._store.set_status(sent.run_id, status, ended_ms=encoding.milliseconds(ended))
+            if sent.suspect:
+                _delete_others(self._store, self._place.experiment, self._search, sent.run_id)
+                sent.suspect = False
+            sent.final = None if latest is None else latest.id
+        elif self._changed or trial.state is TrialState.WAITING:
+            self._store.set_status(sent.run_id, status, ended_ms=None)
+        sent.change = trial.change
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the trial had more reports than are sent at once."""
+        return self._work.more
+
+    @property
+    def _ends(self) -> bool:
+        return self._trial.state.is_finished() and not self._work.more
+
+    @property
+    def _search(self) -> dict[str, str]:
+        prefix = encoding.PREFIX
+        return {f"{prefix}sweep_id": self._work.spec.sweep_id, f"{prefix}identity": self._trial.identity}
+
+    def _ensure_run(self) -> bool:
+        """Find or create the trial's run; returns whether it is new, so that nothing can be there yet."""
+        sent, work, trial = self.sent, self._work, self._trial
+        if self._doubt:
+            sent.suspect = True  # a lost request may still be on its way, or have been done twice
+            found = self._store.find_runs(self._place.experiment, self._search)
+            if found:
+                sent.run_id, sent.artifact_uri = found[0].run_id, found[0].artifact_uri
+                return False
+        started = work.attempts[0].started_at if work.attempts else time.time()
+        tags = {key: value for key, value in encoding.state_tags(trial, work.attempts).items() if value}
+        tags = encoding.fixed_tags(work.spec, trial, self._place.parent_run) | tags
+        experiment = self._place.experiment
+        try:
+            run = self._store.create_run(experiment, tags, started_ms=encoding.milliseconds(started))
+        except Gone as error:
+            raise Refused(f"the experiment was deleted ({error})") from error
+        sent.run_id, sent.artifact_uri = run.run_id, run.artifact_uri
+        return True
+
+    def _log(
+        self, run_id: str, points: list[Point], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        try:
+            self._store.log(run_id, points=points, params=params, tags=tags)
+        except Refused:
+            there = self._store.params(run_id) if params else {}
+            if all(there.get(key, value) == value for key, value in params.items()):
+                raise
+            # The task has logged a param of the same name with another value: its own word stands.
+            rest = {key: value for key, value in params.items() if key not in there}
+            self._store.log(run_id, points=points, params=rest, tags=tags)
+
+    def _put_basics(self, artifact_uri: str) -> None:
+        self._store.put_text(artifact_uri, encoding.CONFIG_ARTIFACT, self._trial.config)
+        overrides = yaml.safe_dump(list(self._trial.overrides), allow_unicode=True)
+        self._store.put_text(artifact_uri, encoding.OVERRIDES_ARTIFACT, overrides)
+        record = encoding.record_of(self._trial)
+        if record is not None:
+            self._store.put_text(artifact_uri, encoding.RECORD_ARTIFACT, record)
+
+
+class SweepUpload(Upload):
+    """The sweep's own run. ``place`` is None where the experiment has not been looked at yet, and set afterwards.
+
+    ``found``: a run of this sweep was there that ``sent`` knows nothing of.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        spec: SweepSpec,
+        counts: Mapping[TrialState, int],
+        sent: Sent,
+        *,
+        place: Place | None,
+        closing: bool,
+    ) -> None:
+        self._store = store
+        self._spec = spec
+        self._counts = counts
+        self.closing = closing
+        self.sent = sent
+        self.place = place
+        self.found = False
+
+    def record(self) -> None:
+        """See :meth:`Upload.record`."""
+        tags = encoding.counts_tag(self._counts)
+        if self.place is None:
+            experiment = self._store.experiment(self._spec.tracking.experiment)
+            tags |= encoding.sweep_tags(self._spec)
+        else:
+            experiment = self.place.experiment
+        if self.sent.run_id is None:
+            self._ensure_run(experiment)
+        assert self.sent.run_id is not None
+        self._store.log(self.sent.run_id, tags=tags)
+        self.place = Place(experiment=experiment, parent_run=self.sent.run_id)
+
+    def put_files(self) -> None:
+        """The sweep's run has no files yet."""
+
+    def conclude(self) -> None:
+        """See :meth:`Upload.conclude`."""
+        assert self.sent.run_id is not None
+        assert self.place is not None
+        status = encoding.sweep_status(self._counts, closing=self.closing)
+        if self.sent.final != status:
+            ended_ms = encoding.milliseconds(time.time()) if self.closing else None
+            self._store.set_status(self.sent.run_id, status, ended_ms=ended_ms)
+            self.sent.final = status
+        if self.closing:
+            _delete_others(self._store, self.place.experiment, self._search, self.sent.run_id)
+
+    @property
+    def _search(self) -> dict[str, str]:
+        return {f"{encoding.PREFIX}sweep_id": self._spec.sweep_id, f"{encoding.PREFIX}kind": "sweep"}
+
+    def _ensure_run(self, experiment: str) -> None:
+        runs = self._store.find_runs(experiment, self._search)
+        self.found = bool(runs)
+        if not runs:
+            started_ms = encoding.milliseconds(self._spec.created_at)
+            runs = [
+                self._store.create_run(experiment, encoding.sweep_tags(self._spec), started_ms=started_ms)
+            ]
+        self.sent.run_id, self.sent.artifact_uri = runs[0].run_id, runs[0].artifact_uri
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The log of a trial and its artifacts: paths in the run, and files."""
+    log = folder / _LOG
+    if log.is_file():
+        yield _LOG, log
+    root = folder / _ARTIFACTS
+    for parent, folders, names in os.walk(root):
+        folders.sort()
+        for name in sorted(names):
+            file = Path(parent) / name
+            if file.is_file():
+                path = file.relative_to(root).as_posix()
+                reserved = path == _LOG or path.startswith("repro_sweep/")
+                yield (f"{_ARTIFACTS}/{path}" if reserved else path), file
+
+
+def _delete_others(store: Store, experiment: str, search: Mapping[str, str], run_id: str) -> None:
+    """Delete the runs that a lost and late request has made besides the right one."""
+    for run in store.find_runs(experiment, search):
+        if run.run_id != run_id:
+            store.delete_run(run.run_id)

@@ -1,0 +1,229 @@
+"""What the tests share: small projects on disk, and the real command line run in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import dedent
+
+from repro_sweep.ledger import Attempt, Ledger, Trial
+from repro_sweep.states import TrialState
+
+CONSOLE_SCRIPT = Path(sys.executable).with_name("repro-sweep")
+TIMEOUT_S = 120.0
+_MARK = "REPRO_SWEEP_TEST_MARK"
+_POLL_S = 0.01
+_FOREIGN = ("MLFLOW_", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "VECLIB_", "CUDA_", "REPRO_SWEEP_", "HYDRA_", "COV_")
+
+
+def environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """The environment for a command: this one's without what would change a sweep; None takes a variable out."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
+    clean |= {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
+    for key, value in (extra or {}).items():
+        if value is None:
+            clean.pop(key, None)
+        else:
+            clean[key] = value
+    return clean
+
+
+def run(
+    *arguments: str | Path,
+    cwd: Path,
+    env: Mapping[str, str | None] | None = None,
+    timeout: float = TIMEOUT_S,
+    python: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``repro-sweep`` in ``cwd`` to its end, or Python where ``python`` is set."""
+    program = sys.executable if python else CONSOLE_SCRIPT
+    return subprocess.run(
+        [program, *arguments], cwd=cwd, env=environment(env), timeout=timeout, capture_output=True, text=True
+    )
+
+
+def eventually(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(_POLL_S)
+
+
+@dataclass
+class Project:
+    """A folder with a ``conf/`` and a task, and what ran in it."""
+
+    root: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def write(self, files: Mapping[str, str]) -> None:
+        """Write files by their path below the project's folder; their indentation does not matter."""
+        for name, text in files.items():
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(dedent(text), encoding="utf-8")
+
+    def run(
+        self, *arguments: str, env: Mapping[str, str | None] | None = None, python: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``repro-sweep`` (or Python) here to its end."""
+        return run(*arguments, cwd=self.root, env={_MARK: self.mark, **(env or {})}, python=python)
+
+    def start(self, *arguments: str, env: Mapping[str, str | None] | None = None) -> Running:
+        """Start ``repro-sweep`` here."""
+        return Running(self, arguments, environment({_MARK: self.mark, **(env or {})}))
+
+    def files(self) -> dict[str, int]:
+        """All files and folders with the time of their last change."""
+        return {str(path.relative_to(self.root)): path.stat().st_mtime_ns for path in self.root.rglob("*")}
+
+    def sweep(self, name: str) -> Sweep:
+        """What the ledger of a sweep says."""
+        return Sweep.read(self.root / "multirun" / name)
+
+    def processes(self) -> dict[int, str]:
+        """The command lines of all processes that a command run here has left."""
+        found = {}
+        needle = f"{_MARK}={self.mark}".encode()
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            try:
+                if needle in (folder / "environ").read_bytes().split(b"\0"):
+                    words = (folder / "cmdline").read_bytes().split(b"\0")
+                    found[int(folder.name)] = b" ".join(words).decode(errors="replace")
+            except OSError:
+                continue
+        return found
+
+    def processes_of(self, module: str) -> dict[int, str]:
+        """Those of :meth:`processes` that run a module of ours and were not forked from another of them."""
+        found = {pid: line for pid, line in self.processes().items() if f"-m {module}" in line}
+        return {pid: line for pid, line in found.items() if _parent(pid) not in found}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's ledger at one time."""
+
+    directory: Path
+    trials: tuple[Trial, ...]
+    attempts: tuple[Attempt, ...]
+
+    @classmethod
+    def read(cls, directory: Path) -> Sweep:
+        """Read the ledger in a sweep's folder."""
+        ledger = Ledger.open(directory, readonly=True)
+        try:
+            trials = sorted(ledger.trials(), key=lambda trial: trial.number)
+            return cls(directory, tuple(trials), tuple(ledger.attempts()))
+        finally:
+            ledger.close()
+
+    def states(self) -> Counter[TrialState]:
+        """How many trials are in each state."""
+        return Counter(trial.state for trial in self.trials)
+
+    def by(self, key: str) -> dict[object, Trial]:
+        """The trials by the value of one of their swept keys."""
+        return {trial.params[key]: trial for trial in self.trials}
+
+    def last_attempt(self, trial: Trial) -> Attempt:
+        """The latest attempt of a trial."""
+        return [attempt for attempt in self.attempts if attempt.trial == trial.number][-1]
+
+    def folder(self, trial: Trial) -> Path:
+        """The folder of a trial."""
+        return self.directory / trial.directory
+
+
+class Running:
+    """A command that has not ended; what it prints goes to files."""
+
+    def __init__(self, project: Project, arguments: tuple[str, ...], env: dict[str, str]) -> None:
+        self._err = project.root / f"stderr-{uuid.uuid4().hex[:8]}"
+        with self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [CONSOLE_SCRIPT, *arguments], cwd=project.root, env=env, stdout=subprocess.DEVNULL, stderr=err,
+                start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far."""
+        return self._err.read_text()
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Wait until a condition holds; the command must not end before."""
+
+        def holds() -> bool:
+            done = bool(condition())
+            assert done or self.process.poll() is None, f"ended before: {what}\n{self.stderr}"
+            return done
+
+        eventually(holds, what)
+
+    def interrupt(self, then: str) -> None:
+        """Send Ctrl-C's signal and wait until the command says ``then``."""
+        self.process.send_signal(signal.SIGINT)
+        self.until(lambda: then in self.stderr, f"it says '{then}'")
+
+    def wait(self, timeout: float = TIMEOUT_S) -> int:
+        """Wait for its end; returns the exit status."""
+        return self.process.wait(timeout)
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def kill_all(processes: Mapping[int, str]) -> None:
+    """Kill what a test has left behind."""
+    for pid in processes:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def projects(folder: Path, store: Path | None) -> Iterator[Callable[..., Project]]:
+    """Makes projects, each with a copy of an empty MLflow store; kills what they leave behind at the end."""
+    made: list[Project] = []
+
+    def make(files: Mapping[str, str], *, name: str = "project") -> Project:
+        project = Project(folder / name)
+        project.root.mkdir()
+        project.write(files)
+        if store is not None:
+            shutil.copy(store, project.root / "mlflow.db")
+        made.append(project)
+        return project
+
+    yield make
+    for project in made:
+        kill_all(project.processes())
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

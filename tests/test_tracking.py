@@ -1,0 +1,770 @@
+"""The tracker: a projection of the ledger into MLflow that loses nothing and doubles nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from repro_sweep.errors import TrackingError
+from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.tracking import encoding
+from repro_sweep.tracking import mlflow as projection
+from repro_sweep.tracking.encoding import Curve, Point, params_of, safe_key
+from repro_sweep.tracking.mlflow import MlflowTracker, check_writable, resolve_uri
+from repro_sweep.tracking.process import TrackerProcess
+from repro_sweep.tracking.sent import SentLog
+from repro_sweep.tracking.store import artifact_name, batches, prepare_environment
+from tests.tracking_helpers import (
+    CONFIG,
+    START,
+    Proxy,
+    add_trial,
+    assert_equal_to_ledger,
+    drain,
+    end,
+    free_port,
+    make_ledger,
+    mlflow_server,
+    points_in,
+    points_of_ledger,
+    proxy_before,
+    report,
+    run_trial,
+    runs_of,
+    start,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"  # MLflow's own use of SQLAlchemy
+)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that another process brings about."""
+    for _ in range(600):
+        if condition():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MLflow reads its limits from the environment at every call; as in the tracker's own process."""
+    before = dict(os.environ)
+    prepare_environment()
+    yield
+    for name in set(os.environ) - set(before):
+        monkeypatch.delenv(name)
+    os.environ.update(before)
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    """An embedded store that does not exist yet."""
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """A sweep's directory that does not exist yet."""
+    return tmp_path / "multirun" / "grid"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server."""
+    with mlflow_server(tmp_path_factory.mktemp("server"), free_port()) as address:
+        yield address
+
+
+@pytest.fixture
+def proxy(server: str) -> Iterator[Proxy]:
+    """A proxy before the real server."""
+    with proxy_before(server) as standing:
+        yield standing
+
+
+# --- which store -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("configured", "environment", "expected"),
+    [
+        (None, None, "sqlite:////work/mlflow.db"),
+        ("", "", "sqlite:////work/mlflow.db"),
+        (None, "http://server:5000/", "http://server:5000"),
+        ("https://a/b", "http://server:5000", "https://a/b"),
+        ("sqlite:///runs/m.db", None, "sqlite:////work/runs/m.db"),
+        ("sqlite:////abs/m.db?timeout=3", None, "sqlite:////abs/m.db?timeout=3"),
+        ("sqlite:///../m.db", None, "sqlite:////m.db"),
+        ("postgresql+psycopg2://u:p@db/mlflow", None, "postgresql+psycopg2://u:p@db/mlflow"),
+    ],
+)
+def test_the_uri_is_the_configured_one_else_the_environments_else_a_file_here(
+    configured: str | None, environment: str | None, expected: str
+) -> None:
+    environ = {} if environment is None else {"MLFLOW_TRACKING_URI": environment}
+    assert resolve_uri(configured, Path("/work"), environ) == expected
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "mlruns",
+        "file:///tmp/mlruns",
+        "http://",
+        "http://host:port",
+        "http://a b",
+        "ftp://x/y",
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite:///a%20b.db",
+        "postgresql:///nohost",
+    ],
+)
+def test_a_uri_that_cannot_be_used_is_one_clear_line(uri: str) -> None:
+    with pytest.raises(TrackingError, match=r"^sweep\.tracking\.uri: ") as caught:
+        resolve_uri(uri, Path("/work"), {})
+    assert "\n" not in str(caught.value)
+    assert "allowed are" in str(caught.value) or "sqlite" in str(caught.value)
+
+
+def test_a_malformed_uri_of_the_environment_names_the_variable_and_hides_the_password() -> None:
+    with pytest.raises(TrackingError, match=r"^MLFLOW_TRACKING_URI: ") as caught:
+        resolve_uri(None, Path("/work"), {"MLFLOW_TRACKING_URI": "oracle://scott:tiger@db/x"})
+    assert "tiger" not in str(caught.value)
+
+
+def test_a_store_that_is_no_mlflow_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    text = tmp_path / "text.db"
+    text.write_text("not a database, but long enough to be looked at as one" * 100)
+    (tmp_path / "folder.db").mkdir()
+    (tmp_path / "file").touch()
+    for path in ("text.db", "folder.db", "file/mlflow.db"):
+        with pytest.raises(TrackingError, match=r"^/"):
+            check_writable(f"sqlite:///{tmp_path}/{path}")
+    check_writable(f"sqlite:///{tmp_path}/new/mlflow.db")
+    check_writable("http://127.0.0.1:1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.db", "text.db"]
+
+
+def test_resolving_the_uri_does_not_import_mlflow() -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from repro_sweep.tracking.mlflow import check_writable, resolve_uri\n"
+        "import repro_sweep.tracking.process, repro_sweep.tracking.inside, repro_sweep.ranking\n"
+        "check_writable(resolve_uri(None, Path('/tmp'), {}))\n"
+        "assert not {'mlflow', 'sqlalchemy', 'pandas'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- how it looks ------------------------------------------------------------------------------------------------
+
+
+def test_params_are_the_leaves_of_the_config_as_mlflow_clients_log_them() -> None:
+    assert params_of(CONFIG) == {
+        "model.name": "lstm",
+        "model.hidden": "64",
+        "optimizer.name": "Adam",
+        "optimizer.lr": "0.01",
+        "optimizer.betas": "[0.9, 0.999]",
+        "tiny": "1e-05",
+        "nothing": "None",
+        "shuffle": "True",
+    }
+
+
+def test_params_follow_references_and_leave_out_what_may_be_secret() -> None:
+    config = "a: {b: 3}\nc: ${a.b}\nd: x-${c}-y\nsecret: ${oc.env:PASSWORD}\nvia: ${secret}\nlist: ['${c}']\nloop: ${loop}\n"
+    assert params_of(config) == {"a.b": "3", "c": "3", "d": "x-3-y"}
+
+
+def test_params_read_scalars_as_omegaconf_does() -> None:
+    config = "a: 1e-3\nb: 2024-01-01\nc: 0x10\nd: .inf\ne: 'yes'\nf: yes\ng: 1_000\nh: '1e3'\ni: 5e5\n"
+    plain = OmegaConf.to_container(OmegaConf.create(config))
+    assert isinstance(plain, dict)
+    assert params_of(config) == {str(key): str(value) for key, value in plain.items()}
+
+
+def test_params_of_the_same_dotted_name_are_told_apart() -> None:
+    params = params_of("a:\n  b: 1\na.b: 2\n'a b!': 3\n'a b?': 4\n")
+    assert sorted(params.values()) == ["1", "2", "3", "4"]
+
+
+def test_long_values_are_cut_with_a_mark_that_tells_them_apart() -> None:
+    params = params_of(f"a: {'x' * 7000}y\nb: {'x' * 7000}z\n")
+    assert all(len(value) <= 6000 for value in params.values())
+    assert params["a"] != params["b"]
+    assert "7001 characters" in params["a"]
+
+
+ODD = [
+    "",
+    ".",
+    "..",
+    "a/../b",
+    "/a",
+    "a//b",
+    "a/",
+    "acc@5",
+    "acc@1",
+    "ü/λ",
+    "a\n",
+    "\x00",
+    "\ud800",
+    "x" * 251,
+    "a b",
+    "a:b",
+    "./a",
+]
+
+
+def test_every_name_becomes_one_that_mlflow_takes_and_no_two_become_the_same() -> None:
+    from mlflow.utils.validation import _validate_metric, _validate_param
+
+    for name in ODD:
+        _validate_metric(safe_key(name), 1.0, 0, 0)
+        _validate_param(safe_key(name), "1")
+    assert len({safe_key(name) for name in ODD}) == len(ODD)
+    assert safe_key("val/accuracy top-1") == "val/accuracy top-1"
+
+
+def test_file_names_that_no_url_can_hold_are_stored_under_others() -> None:
+    odd = ["a#b.txt", "a?b.txt", "100%.png", "new\nline.txt", " lead", "a:b.txt", "x\udcff.bin"]
+    stored = {artifact_name(f"folder/{name}") for name in odd}
+    assert len(stored) == len(odd)
+    assert all(name.startswith("folder/") for name in stored)
+    assert artifact_name("folder/model best.pt") == "folder/model best.pt"
+
+
+def test_batches_stay_within_mlflows_limits_and_lose_nothing() -> None:
+    points = [Point(f"m{index % 7}", float(index), index, index) for index in range(2500)]
+    params = {f"p{index}": "é" * 6000 for index in range(250)}
+    tags = {f"t{index}": "x" * 5000 for index in range(120)}
+    all_batches = list(batches(points, params, tags))
+    for some_points, some_params, some_tags in all_batches:
+        assert len(some_points) <= 1000
+        assert len(some_params) <= 100
+        assert len(some_tags) <= 100
+        assert len(some_points) + len(some_params) + len(some_tags) <= 1000
+        size = len(json.dumps([[point.key, point.value, point.at_ms, point.step] for point in some_points]))
+        assert size + len(json.dumps([some_params, some_tags])) < 1_000_000
+    assert [point for each in all_batches for point in each[0]] == points
+    assert dict(pair for each in all_batches for pair in each[1]) == params
+    assert dict(pair for each in all_batches for pair in each[2]) == tags
+
+
+def test_final_metrics_come_after_all_reported_ones_and_repeat_none() -> None:
+    curve = Curve()
+    curve.add([Point("a", 1.0, 5000, 7), Point("b", math.nan, 5000, 7)])
+    curve.add([Point("a", 2.0, 6000, 3)])
+    final = curve.final({"a": 1.0, "b": math.nan, "c": math.inf}, ended_at=2.0)
+    assert final == [Point("c", math.inf, 6000, 7)]
+    assert Curve().final({"a": 1.0}, ended_at=2.0) == [Point("a", 1.0, 2000, 0)]
+
+
+def test_only_the_latest_of_very_many_attempts_fit_the_history() -> None:
+    from repro_sweep.ledger import Attempt, Trial
+
+    trial = Trial(
+        number=0,
+        identity="i",
+        directory="d",
+        overrides=(),
+        params={},
+        repeat={},
+        config="",
+        state=TrialState.FAIL,
+        attempt="a",
+        change=0,
+    )
+    attempts = [
+        Attempt(
+            id=str(ordinal),
+            trial=0,
+            ordinal=ordinal,
+            worker="w",
+            slot=0,
+            host=f"node{ordinal}",
+            state=TrialState.FAIL,
+            kind=FailureKind.PREEMPTED,
+            message="m" * 5000,
+            metrics={},
+            started_at=START,
+            ended_at=START,
+        )
+        for ordinal in range(1000)
+    ]
+    tags = encoding.state_tags(trial, attempts)
+    history = json.loads(tags["repro_sweep.attempt_history"])
+    assert 10 < len(history) < 1000
+    assert history[-1]["host"] == "node999"
+    assert tags["repro_sweep.attempts"] == "1000"
+    assert len(tags["repro_sweep.failure_message"]) <= 1000
+
+
+# --- the projection, embedded -------------------------------------------------------------------------------------
+
+
+def test_a_finished_sweep_is_in_mlflow_with_all_that_is_known_of_it(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    for number in range(3):
+        add_trial(ledger, number, repeat={"seed": number})
+    run_trial(ledger, 0, {"accuracy": 0.9, "acc@5": 0.99})
+    attempt = start(ledger, 1)
+    end(
+        ledger,
+        1,
+        attempt,
+        state=TrialState.FAIL,
+        kind=FailureKind.EXCEPTION,
+        message="ValueError: no\x00" + "x" * 9000,
+    )
+    attempt = start(ledger, 2)
+    end(ledger, 2, attempt, state=TrialState.PRUNED)
+    plots = sweep / "trials/0/artifacts/plots"
+    plots.mkdir()
+    (plots / "loss.png").write_bytes(b"png")
+    drain(sweep)
+
+    parent, runs = runs_of(uri, sweep=True)[0], runs_of(uri)
+    assert [run.info.status for run in runs] == ["FINISHED", "FAILED", "KILLED"]
+    assert parent.info.status == "FAILED"
+    assert (parent.info.start_time, runs[0].info.start_time, runs[0].info.end_time) == (
+        START * 1000,
+        START * 1000,
+        START * 1000 + 100_000,
+    )
+    assert json.loads(parent.data.tags["repro_sweep.counts"]) == {"COMPLETE": 1, "PRUNED": 1, "FAIL": 1}
+    expected = {
+        "mlflow.parentRunId": parent.info.run_id,
+        "mlflow.runName": "0 optimizer.lr=0.0 seed=0",
+        "mlflow.user": "ada",
+        "mlflow.source.git.commit": "c" * 40,
+        "repro_sweep.kind": "trial",
+        "repro_sweep.sweep": "grid",
+        "repro_sweep.trial": "0",
+        "repro_sweep.state": "COMPLETE",
+        "repro_sweep.attempts": "1",
+        "repro_sweep.host": "node",
+        "repro_sweep.params": '{"optimizer.lr":0.0}',
+        "repro_sweep.overrides": '["optimizer.lr=0.0","seed=0"]',
+    }
+    assert expected.items() <= runs[0].data.tags.items()
+    assert runs[0].data.params == params_of(CONFIG)
+    assert runs[0].data.metrics[safe_key("acc@5")] == 0.99
+    assert runs[0].data.metrics["accuracy"] == 0.9
+    assert runs[1].data.tags["repro_sweep.failure_kind"] == "EXCEPTION"
+    assert runs[1].data.tags["repro_sweep.failure_message"].startswith("ValueError: no\\x00xx")
+    folder = Path(runs[0].info.artifact_uri.removeprefix("file://"))
+    assert folder.is_relative_to(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
+    assert (folder / "repro_sweep/config.yaml").read_text() == CONFIG
+    assert (folder / "repro_sweep/overrides.yaml").read_text() == "- optimizer.lr=0.0\n- seed=0\n"
+    assert (folder / "trial.log").read_text() == "log of trial 0\n"
+    assert (folder / "plots/loss.png").read_bytes() == b"png"
+    for run in runs:
+        assert set(points_in(uri, run)) == points_of_ledger(ledger, int(run.data.tags["repro_sweep.trial"]))
+
+
+def test_uploading_twice_changes_nothing(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    for number in range(5):
+        add_trial(ledger, number)
+        run_trial(ledger, number, {"accuracy": 0.5})
+    drain(sweep)
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+
+
+def test_lost_notes_make_no_duplicates(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    for number in range(5):
+        add_trial(ledger, number)
+    for number in range(3):
+        run_trial(ledger, number, {"accuracy": 0.5})
+    drain(sweep)
+    for file in sweep.glob("tracking.db*"):
+        file.unlink()
+    for number in (3, 4):
+        run_trial(ledger, number, {"accuracy": 0.5})
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+
+
+def test_trials_that_never_started_have_a_run_once_the_sweep_ends(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    for number in range(3):
+        add_trial(ledger, number)
+    run_trial(ledger, 0, {"accuracy": 0.5})
+    tracker = MlflowTracker(sweep)
+    while tracker.progress.left:
+        time.sleep(tracker.sync() / 10)
+    assert [run.info.status for run in runs_of(uri)] == ["FINISHED"]
+    assert runs_of(uri, sweep=True)[0].info.status == "RUNNING"
+    tracker.close()
+    drain(sweep)
+    assert [run.info.status for run in runs_of(uri)] == ["FINISHED", "SCHEDULED", "SCHEDULED"]
+    assert runs_of(uri, sweep=True)[0].info.status == "KILLED"
+    for number in (1, 2):
+        run_trial(ledger, number, {"accuracy": 0.5})
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+    assert runs_of(uri, sweep=True)[0].info.status == "FINISHED"
+
+
+def test_all_attempts_of_a_trial_share_one_run_with_one_history(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    first = start(ledger, 0, host="node1")
+    report(ledger, 0, first, range(4))
+    end(ledger, 0, first, state=TrialState.FAIL, kind=FailureKind.PREEMPTED, message="preempted", again=True)
+    drain(sweep)
+    assert runs_of(uri)[0].info.status == "SCHEDULED"
+    second = start(ledger, 0, ordinal=1, at=START + 200, host="node2")
+    report(ledger, 0, second, range(4, 8), at=START + 200)
+    drain(sweep)
+    assert runs_of(uri)[0].info.status == "RUNNING"
+    end(ledger, 0, second, {"accuracy": 1.0}, at=START + 300)
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+    tags = runs_of(uri)[0].data.tags
+    assert tags["repro_sweep.failure_kind"] == ""
+    assert tags["repro_sweep.attempts"] == "2"
+    history = json.loads(tags["repro_sweep.attempt_history"])
+    assert [(each["host"], each["kind"]) for each in history] == [("node1", "PREEMPTED"), ("node2", None)]
+
+
+def test_infinities_and_nan_reach_mlflow(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    attempt = start(ledger, 0)
+    ledger.add_reports(0, attempt, [(0, START, {"a": math.inf, "b": -math.inf, "c": math.nan})])
+    end(ledger, 0, attempt, {"a": math.inf, "c": math.nan})
+    drain(sweep)
+    drain(sweep)
+    metrics = runs_of(uri)[0].data.metrics
+    assert metrics["a"] == -metrics["b"] == sys.float_info.max
+    assert math.isnan(metrics["c"])
+    assert len(points_in(uri, runs_of(uri)[0])) == 3
+
+
+def test_a_param_that_the_task_logged_itself_stands(sweep: Path, uri: str) -> None:
+    import mlflow
+
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    original = encoding.params_of
+    attempt = start(ledger, 0)
+    tracker = MlflowTracker(sweep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "params_of", lambda _: {})  # the task was faster
+        while tracker.progress.left:
+            time.sleep(tracker.sync() / 10)
+    tracker.close()
+    mlflow.MlflowClient(uri).log_param(runs_of(uri)[0].info.run_id, "optimizer.lr", "auto")
+    log = SentLog(sweep)
+    row = log.get(0)
+    row.basics = False
+    log.put([row])
+    log.close()
+    end(ledger, 0, attempt, {"accuracy": 1.0})
+    drain(sweep)
+    assert runs_of(uri)[0].data.params == original(CONFIG) | {"optimizer.lr": "auto"}
+    assert runs_of(uri)[0].info.status == "FINISHED"
+
+
+def test_a_run_that_was_deleted_in_mlflow_comes_back_complete(sweep: Path, uri: str) -> None:
+    import mlflow
+
+    ledger = make_ledger(sweep, uri)
+    for number in range(2):
+        add_trial(ledger, number)
+    attempt = start(ledger, 0)
+    report(ledger, 0, attempt, range(3))
+    run_trial(ledger, 1, {"accuracy": 1.0})
+    drain(sweep)
+    mlflow.MlflowClient(uri).delete_run(runs_of(uri)[0].info.run_id)
+    end(ledger, 0, attempt, {"accuracy": 1.0})
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+
+
+def test_a_store_that_was_lost_is_filled_again(sweep: Path, uri: str, tmp_path: Path) -> None:
+    import mlflow
+
+    ledger = make_ledger(sweep, uri)
+    for number in range(3):
+        add_trial(ledger, number)
+        run_trial(ledger, number, {"accuracy": 1.0})
+    drain(sweep)
+    client = mlflow.MlflowClient(uri)
+    for run in [*runs_of(uri), *runs_of(uri, sweep=True)]:
+        client.delete_run(run.info.run_id)
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+
+
+def test_a_deleted_experiment_is_one_clear_line_and_the_tracker_gives_up(sweep: Path, uri: str) -> None:
+    import mlflow
+
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    run_trial(ledger, 0, {"accuracy": 1.0})
+    client = mlflow.MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("experiment"))
+    tracker = MlflowTracker(sweep)
+    tracker.finish()
+    deadline = time.monotonic() + 20
+    while not (tracker.progress.error and "experiment 'experiment' was deleted" in tracker.progress.error):
+        assert time.monotonic() < deadline, tracker.progress
+        time.sleep(tracker.sync() / 10)
+    assert tracker.progress.left == 2
+    tracker.close()
+
+
+def test_two_trackers_never_work_on_one_sweep(sweep: Path, uri: str) -> None:
+    make_ledger(sweep, uri)
+    tracker = MlflowTracker(sweep)
+    with pytest.raises(BlockingIOError):
+        MlflowTracker(sweep)
+    tracker.close()
+    MlflowTracker(sweep).close()
+
+
+def test_values_too_long_for_tags_are_artifacts(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    params = {"layers": list(range(3000)), "x": 1}
+    add_trial(ledger, 0, params, overrides=[f"layers={'x' * 9000}"])
+    run_trial(ledger, 0, {"accuracy": 1.0})
+    drain(sweep)
+    (run,) = runs_of(uri)
+    assert run.data.tags["repro_sweep.params"].startswith("sha256:")
+    assert run.data.tags["repro_sweep.repeat"] == '{"seed":0}'
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    record = json.loads((folder / "repro_sweep/trial.json").read_text())
+    assert record == {"params": params, "repeat": {"seed": 0}, "overrides": [f"layers={'x' * 9000}"]}
+
+
+def test_more_reports_than_fit_one_request_all_arrive(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    attempt = start(ledger, 0)
+    report(ledger, 0, attempt, range(6000))
+    end(ledger, 0, attempt, {"accuracy": 7.0}, at=START + 7000)
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+
+
+def test_a_bug_in_one_trials_upload_holds_up_no_other(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    for number in range(3):
+        add_trial(ledger, number, config=CONFIG if number != 1 else "a: [unclosed")
+        run_trial(ledger, number, {"accuracy": 1.0})
+    drain(sweep)
+    assert [run.info.status for run in runs_of(uri) if run.info.status == "FINISHED"] == ["FINISHED"] * 2
+
+
+def test_the_tracker_may_be_killed_at_any_instant(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    for number in range(40):
+        add_trial(ledger, number)
+        run_trial(ledger, number, {"accuracy": 0.5}, steps=20)
+    command = [sys.executable, "-m", "repro_sweep.tracking.process", str(sweep)]
+    chance = random.Random(7)
+    kills = 0
+    while kills < 4:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write('{"do": "finish"}\n')
+            process.stdin.flush()
+            process.stdout.readline()  # it has begun
+            time.sleep(chance.uniform(0.0, 1.2))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+
+
+# --- the projection, with a real server ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_short_trial_costs_three_requests_besides_its_artifacts(sweep: Path, proxy: Proxy) -> None:
+    ledger = make_ledger(sweep, proxy.uri, tracking={"uri": proxy.uri, "experiment": "calls"})
+    for number in range(4):
+        add_trial(ledger, number)
+        run_trial(ledger, number, {"accuracy": 0.5})
+    drain(sweep)
+    calls = Counter(
+        path.split("?")[0].rpartition("/mlflow/")[2] for method, path in proxy.seen if method == "POST"
+    )
+    assert calls["runs/create"] == calls["runs/log-batch"] == calls["runs/update"] - 1 == 5
+    assert set(calls) == {"runs/create", "runs/log-batch", "runs/update", "runs/search", "experiments/create"}
+    assert calls["runs/search"] == 2  # for the sweep's own run, at the beginning and the end
+
+
+@pytest.mark.slow
+def test_lost_replies_and_failing_requests_make_no_duplicates_and_no_gaps(
+    sweep: Path, proxy: Proxy, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(projection, "_LONGEST_PAUSE_S", 0.2)
+    chance = random.Random(3)
+
+    def spoil(_method: str, _path: str) -> int | str | None:
+        luck = chance.random()
+        return "drop" if luck < 0.15 else 429 if luck < 0.2 else 500 if luck < 0.25 else None
+
+    proxy.spoil = spoil
+    ledger = make_ledger(sweep, proxy.uri, tracking={"uri": proxy.uri, "experiment": "spoilt"})
+    for number in range(20):
+        add_trial(ledger, number)
+        run_trial(ledger, number, {"accuracy": 0.5}, steps=10)
+    drain(sweep)
+    proxy.spoil = lambda _method, _path: None
+    only = [run for run in runs_of(server) if run.data.tags["repro_sweep.sweep_id"] == ledger.spec.sweep_id]
+    assert [int(run.data.tags["repro_sweep.trial"]) for run in only] == list(range(20))
+    for number, run in enumerate(only):
+        points = points_in(server, run)
+        assert len(points) == len(set(points))
+        assert set(points) == points_of_ledger(ledger, number)
+        assert run.info.status == "FINISHED"
+        assert run.data.params == params_of(CONFIG)
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_late_gets_everything(
+    sweep: Path, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator's end: told what is wrong, never kept waiting, and all arrives when the server does."""
+    ledger = make_ledger(sweep, server, tracking={"uri": server, "experiment": "late"})
+    with proxy_before(server) as proxy:
+        ledger.update_spec(
+            ledger.spec.model_copy(update={"tracking": {"uri": proxy.uri, "experiment": "late"}})
+        )
+        ledger.commit()
+        spec = json.loads(ledger.meta("spec") or "")
+        assert spec["tracking"]["uri"] == proxy.uri
+        proxy.spoil = lambda _method, _path: 503
+        for number in range(5):
+            add_trial(ledger, number)
+        attempt = start(ledger, 0)
+        for number in range(1, 4):
+            run_trial(ledger, number, {"accuracy": 0.5})
+
+        async def story() -> None:
+            tracker = TrackerProcess(sweep)
+            await tracker.start()
+            with pytest.raises(TrackingError, match="503"):
+                await asyncio.wait_for(tracker.run_ref(0), 30)
+            await until(lambda: tracker.progress.error is not None)
+            assert tracker.progress.left == 5  # four trials have something to say, and the sweep itself
+            assert "503" in tracker.progress.error
+            assert await tracker.finish(0.2) == 6  # the one that never started as well
+
+            tracker = TrackerProcess(sweep)
+            await tracker.start()
+            proxy.spoil = lambda _method, _path: None
+            ref = await asyncio.wait_for(tracker.run_ref(0), 30)
+            assert ref.uri == proxy.uri
+            again, other = await asyncio.gather(tracker.run_ref(0), tracker.run_ref(4))
+            assert again == ref != other
+            with pytest.raises(TrackingError, match="there is no trial 77"):
+                await tracker.run_ref(77)
+            end(ledger, 0, attempt, {"accuracy": 1.0})
+            run_trial(ledger, 4, {"accuracy": 0.5})
+            assert await tracker.finish(60) == 0
+            assert tracker.progress.done
+            runs = [
+                run for run in runs_of(server) if run.data.tags["repro_sweep.sweep_id"] == spec["sweep_id"]
+            ]
+            assert [run.info.status for run in runs] == ["FINISHED"] * 5
+            assert (runs[0].info.run_id, runs[4].info.run_id) == (ref.run_id, other.run_id)
+
+        asyncio.run(asyncio.wait_for(story(), 120))
+
+
+@pytest.mark.slow
+def test_a_tracker_that_dies_is_started_again_and_one_that_is_told_to_stop_stops(
+    sweep: Path, uri: str
+) -> None:
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    run_trial(ledger, 0, {"accuracy": 0.5})
+
+    async def story() -> None:
+        tracker = TrackerProcess(sweep)
+        await tracker.start()
+        ref = await tracker.run_ref(0)
+        first = tracker._process
+        assert first is not None
+        first.kill()
+        await first.wait()
+        await until(lambda: tracker._process is not first)
+        assert await tracker.run_ref(0) == ref
+        await tracker.kill()
+        assert tracker._process is not None
+        assert tracker._process.returncode == 0
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+
+
+@pytest.mark.slow
+def test_artifacts_travel_to_a_server_and_back_whatever_their_names(sweep: Path, server: str) -> None:
+    from repro_sweep.results import find_sweep, read_trials
+
+    ledger = make_ledger(sweep, server, name="names", tracking={"uri": server, "experiment": "names"})
+    add_trial(ledger, 0, {"layers": list(range(3000))})
+    folder = sweep / "trials/0/artifacts"
+    names = [
+        "plain.txt",
+        "with space.txt",
+        "ünïcode.txt",
+        "a#b.txt",
+        "a?b.txt",
+        "100%.txt",
+        "a:b.txt",
+        "trial.log",
+    ]
+    for name in names:
+        (folder / name).write_text(name)
+    os.mkfifo(folder / "fifo")
+    (folder / "dangling").symlink_to("nowhere")
+    run_trial(ledger, 0, {"accuracy": 0.5})
+    drain(sweep)
+    (trial,) = read_trials(find_sweep("names", server))
+    for name in names[:-1]:
+        assert trial.artifact(artifact_name(name)).read_text() == name
+    assert trial.artifact("artifacts/trial.log").read_text() == "trial.log"
+    assert trial.artifact("trial.log").read_text() == "log of trial 0\n"
+    assert trial.config == OmegaConf.create(CONFIG)
+    assert trial.params == {"layers": list(range(3000))}
+    with pytest.raises(TrackingError, match=r"trial 0 has no artifact 'nothing': it has .*plain\.txt"):
+        trial.artifact("nothing")
+
+
+def test_pauses_grow_to_a_bound() -> None:
+    pauses = [projection._pause(failures) for failures in range(1, 40)]
+    assert pauses[0] == projection._PAUSE_S
+    assert all(later >= earlier for earlier, later in itertools.pairwise(pauses))
+    assert pauses[-1] == projection._LONGEST_PAUSE_S
