@@ -34,7 +34,7 @@ from repro_sweep.errors import CompositionError
 
 # Shrinking would compose hundreds of trees more, for minutes.
 SLOW = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.reuse, Phase.generate],
@@ -491,6 +491,19 @@ def test_hydra_composes_what_it_alone_can(small: Composer, loads: list[list[str]
 def test_an_override_that_brings_an_interpolation_is_followed_by_one_that_crosses_it(small: Composer) -> None:
     assert_equal_to_hydra(small, ["+way=${b}", "way.c=9"])
     assert_equal_to_hydra(small, ["+way=${hydra.job}", "way.name=nine"])
+    assert_equal_to_hydra(small, ["+way=${hydra.verbose}", "~way"])
+    assert "way" not in small.compose(["+way=${hydra.verbose}", "~way"])
+
+
+def test_a_value_may_cure_what_the_bookkeeping_of_its_options_fails_by() -> None:
+    node = "hydra: {job: {config: {override_dirname: {exclude_keys: '${skip}'}}}}\n"
+    with tree({"config.yaml": f"{node}skip: null\na: 1\n"}) as conf:
+        composer = Composer(spec_of(conf))
+        for overrides in ([], ["skip=[a]", "a=3"], ["skip=null"], ["skip=[]", "a=3"]):
+            assert_equal_to_hydra(composer, overrides)
+        composer.prepare(["skip=[a]"])
+        assert composer.compose(["skip=[a]"]).skip == ["a"]
+        assert composer.hydra(["skip=[a]", "a=3"]).job.override_dirname == "skip=[a]"
 
 
 def test_a_failing_combination_is_composed_once(small: Composer, loads: list[list[str]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,7 +43,7 @@ START = 1_700_000_000.0
 Points = set[tuple[str, int, int, str]]
 
 
-def make_spec(directory: Path, uri: str, **changes: Any) -> SweepSpec:
+def make_spec(directory: Path, uri: str, *, experiment: str = "experiment", **changes: Any) -> SweepSpec:
     """A sweep's record."""
     values: dict[str, Any] = {
         "sweep_id": uuid.uuid4().hex,
@@ -53,7 +54,7 @@ def make_spec(directory: Path, uri: str, **changes: Any) -> SweepSpec:
             config_name="config", search_path=(), hydra_overrides=(), job_name="digits", version_base=None
         ),
         "resources": Resources(),
-        "tracking": Tracking(uri=uri, experiment="experiment"),
+        "tracking": Tracking(uri=uri, experiment=experiment),
         "origin": Origin(user="ada", host="login", command="repro-sweep +sweep=grid", git_commit="c" * 40),
         "metric": "accuracy",
         "direction": Direction.MAXIMIZE,
@@ -156,6 +157,18 @@ def run_trial(ledger: Ledger, number: int, metrics: Mapping[str, float], *, step
     attempt = start(ledger, number)
     report(ledger, number, attempt, range(steps))
     end(ledger, number, attempt, metrics)
+
+
+def make_empty_store(folder: Path) -> Path:
+    """The file of an embedded store with its tables and no runs."""
+    from repro_sweep.tracking.store import Gone, Store
+
+    path = folder / "mlflow.db"
+    store = Store(f"sqlite:///{path}")
+    with contextlib.suppress(Gone):
+        store.params("no-such-run")
+    assert path.is_file()
+    return path
 
 
 def drain(directory: Path, *, timeout_s: float = 60.0) -> None:
@@ -262,23 +275,20 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
         _await_health(process, port, folder / "server.log")
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, 15)  # its own session: the server and its one worker
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: the server and its one worker
+        process.wait()
 
 
 def _await_health(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
             connection.request("GET", "/health")
-            if connection.getresponse().status == 200:
-                return
+            with connection.getresponse() as response:
+                if response.status == 200:
+                    return
         time.sleep(0.1)
     raise AssertionError(log.read_text())
 
@@ -313,11 +323,11 @@ def proxy_before(server: str) -> Iterator[Proxy]:
             if isinstance(verdict, int):
                 self._reply(verdict, {}, b"{}")
                 return
-            connection = http.client.HTTPConnection(target, timeout=30)
             headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}
-            connection.request(self.command, self.path, body, headers | {"Host": target})
-            response = connection.getresponse()
-            content = response.read()
+            with contextlib.closing(http.client.HTTPConnection(target, timeout=30)) as connection:
+                connection.request(self.command, self.path, body, headers | {"Host": target})
+                with connection.getresponse() as response:
+                    content = response.read()
             if verdict == "drop":
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)

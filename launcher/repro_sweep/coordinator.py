@@ -202,7 +202,7 @@ class Coordinator:
             run = await self._tracker.run_ref(running.trial)
         except Exception as error:  # noqa: BLE001  (the trial must hear of it, whatever it is)
             return protocol.RunReference(error=str(error))
-        return protocol.RunReference(run_id=run.run_id, uri=run.uri)
+        return protocol.RunReference(run_id=run.run_id, uri=run.uri, experiment_id=run.experiment_id)
 
     # --- inside ----------------------------------------------------------------------------------------------
 
@@ -305,7 +305,7 @@ class Coordinator:
             self.drain()
 
     def _note_best(self, running: _Running, outcome: Outcome) -> None:
-        value = outcome.metrics.get(self.spec.metric) if self.spec.metric is not None else None
+        value = outcome.metrics.get(self.spec.ranked_by)
         if value is None or not math.isfinite(value) or outcome.state is not TrialState.COMPLETE:
             return
         best = self._best

@@ -137,6 +137,7 @@ class RunRequest(Message):
 class RunReference(Message):
     """A run in MLflow; ``error`` is set instead when it could not be had."""
 
-    run_id: str | None = None
-    uri: str | None = None
+    run_id: str = ""
+    uri: str = ""
+    experiment_id: str = ""
     error: str | None = None

@@ -14,6 +14,10 @@ from pydantic import BaseModel, ConfigDict
 from repro_sweep.states import Direction
 
 
+UNNAMED_METRIC = "objective"
+"""What the number is called that a task returns, where the sweep names no metric."""
+
+
 class Record(BaseModel):
     """Base of the frozen JSON records; an unknown key is an error."""
 
@@ -117,6 +121,11 @@ class SweepSpec(Record):
     log_limit_mb: float
     created_at: float
     repeats: tuple[str, ...] = ()
+
+    @property
+    def ranked_by(self) -> str:
+        """The metric that trials are ranked by: ``metric``, or the name that a plain number gets without one."""
+        return self.metric or UNNAMED_METRIC
 
     def trial_directory(self, directory: str) -> Path:
         """Absolute path of a trial's directory, from the ``directory`` that the ledger holds for it."""

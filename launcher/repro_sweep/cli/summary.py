@@ -16,7 +16,6 @@ from repro_sweep.worker.agent import LOG_NAME
 
 _SHOWN_POINTS = 10
 _SHOWN_FAILURES = 10
-_UNNAMED_METRIC = "objective"  # what a task returns as a plain number, where the sweep names no metric
 
 
 def summarise(spec: SweepSpec, progress: Progress, left: int) -> bool:
@@ -47,9 +46,8 @@ def summarise(spec: SweepSpec, progress: Progress, left: int) -> bool:
 def _print_ranking(spec: SweepSpec) -> None:
     ledger = Ledger.open(Path(spec.directory), readonly=True)
     try:
-        metric = spec.metric or _UNNAMED_METRIC
         values = {
-            attempt.trial: attempt.metrics.get(metric)
+            attempt.trial: attempt.metrics.get(spec.ranked_by)
             for attempt in ledger.attempts()
             if attempt.state is TrialState.COMPLETE
         }
@@ -62,7 +60,7 @@ def _print_ranking(spec: SweepSpec) -> None:
     if all(value is None for value in values.values()):
         return
     rows = rank_points(entries, spec.direction)
-    print(f"\n{table(rows[:_SHOWN_POINTS], metric)}")
+    print(f"\n{table(rows[:_SHOWN_POINTS], spec.ranked_by)}")
     if len(rows) > _SHOWN_POINTS:
         print(f"… {len(rows) - _SHOWN_POINTS} more: repro-sweep rank {spec.name}")
 

@@ -30,6 +30,7 @@ from typing import Self
 from hydra import __version__, version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -103,8 +104,6 @@ class _Base:
     task_lines: int
     """How many lines ``hydra.overrides.task`` of ``full`` owes to the overrides it was composed with."""
     interpolated: bool
-    certain: bool
-    """Whether value overrides cannot change what Hydra writes into its own node."""
 
 
 class Composer:
@@ -121,7 +120,7 @@ class Composer:
 
     def __init__(self, spec: ComposeSpec, *, loader: ConfigLoader | None = None) -> None:
         self.spec = spec
-        self._bases: OrderedDict[tuple[str, ...], _Base | str] = OrderedDict()
+        self._bases: OrderedDict[tuple[str, ...], _Base | str | None] = OrderedDict()
         self._group_exists: dict[str, bool] = {}
         self._reserved = frozenset({"hydra", "", *spec.strip})
         if loader is not None and not isinstance(loader, ConfigLoaderImpl):
@@ -139,8 +138,8 @@ class Composer:
 
         It shares nothing with other results. Raises :class:`CompositionError`.
         """
-        base, values, certain = self._prepared(overrides)
-        if certain:
+        base, values = self._prepared(overrides)
+        if base is not None:
             cfg = clone(base.task)
             if self._apply(cfg, values, base):
                 return self._with_cache(cfg)
@@ -153,17 +152,19 @@ class Composer:
 
         Raises :class:`CompositionError`.
         """
-        base, _, _ = self._prepared(overrides)
-        hydra_yaml(base.full)  # remembers the texts of its scalars
-        to_yaml(base.task)
+        base, _ = self._prepared(overrides)
+        if base is not None:
+            hydra_yaml(base.full)  # remembers the texts of its scalars
+            to_yaml(base.task)
 
     def hydra(self, overrides: Sequence[str]) -> DictConfig:
         """The ``hydra`` node that these overrides' options lead to, with nothing of a job in it; only read it.
 
         Raises :class:`CompositionError`.
         """
-        base, _, _ = self._prepared(overrides)
-        node: DictConfig = base.full.__dict__["_content"]["hydra"]
+        base, _ = self._prepared(overrides)
+        full = self._hydras_way(overrides) if base is None else base.full
+        node: DictConfig = full.__dict__["_content"]["hydra"]
         return node
 
     def job_config(
@@ -181,24 +182,21 @@ class Composer:
         once. Variables of ``hydra.job.env_copy`` have the values they had when the base was composed, in the
         launching process. Raises :class:`CompositionError`.
         """
-        base, values, certain = self._prepared(overrides)
-        cfg: DictConfig | None = None
-        if certain:
+        base, values = self._prepared(overrides)
+        if base is not None:
             cfg = base.full if consume else clone(base.full)
             if consume:
                 self._bases.clear()
-            if self._apply(cfg, values, base):
-                self._keep_books(cfg, overrides, base)
-            else:
-                cfg = None
-        if cfg is None:
+        if base is not None and self._apply(cfg, values, base):
+            self._keep_books(cfg, overrides, base)
+        else:
             cfg = self._hydras_way(overrides)
-        job = cfg.hydra.job
+        job, runtime = cfg.hydra.job, cfg.hydra.runtime
         with mapped_errors(overrides), open_dict(cfg):
             job.id = job_id
             job.num = num
-        with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
-            cfg.hydra.runtime.output_dir = output_dir
+        with read_write(runtime), open_dict(runtime):
+            runtime.output_dir = output_dir
         return self._with_cache(cfg)
 
     def _with_cache(self, cfg: DictConfig) -> DictConfig:
@@ -206,22 +204,21 @@ class Composer:
         OmegaConf.get_cache(cfg)["now"].update({(pattern,): value for pattern, value in self.spec.now})
         return cfg
 
-    def _prepared(self, overrides: Sequence[str]) -> tuple[_Base, list[Override], bool]:
-        """The base for ``overrides``, the value overrides, and whether the short way may be tried."""
+    def _prepared(self, overrides: Sequence[str]) -> tuple[_Base | None, list[Override]]:
+        """The base for ``overrides`` and the value overrides; no base where Hydra's way must be taken."""
         with mapped_errors(overrides):
             parsed = _parse(overrides)
             self._loader.validate_sweep_overrides_legal(parsed, run_mode=RunMode.RUN, from_shell=True)
         groups: list[str] = []
         values: list[Override] = []
-        certain = True
         for override in parsed:
             if self._is_group_choice(override):
                 groups.append(override.input_line or "")
+            elif _first_key(override.key_or_group) in self._reserved:
+                return None, []
             else:
                 values.append(override)
-                certain = certain and _first_key(override.key_or_group) not in self._reserved
-        base = self._base(tuple(groups))
-        return base, values, certain and base.certain
+        return self._base(tuple(groups)), values
 
     def _is_group_choice(self, override: Override) -> bool:
         """As ``Overrides`` in Hydra's defaults_list.py decides it."""
@@ -231,24 +228,30 @@ class Composer:
             exists = self._group_exists[key] = self._repository.group_exists(key)
         return exists and not isinstance(override._value, dict)
 
-    def _base(self, groups: tuple[str, ...]) -> _Base:
-        base = self._bases.get(groups)
-        if base is None:
-            try:
-                base = self._compose_base(groups)
-            except CompositionError as error:
-                base = str(error)
-            self._bases[groups] = base
+    def _base(self, groups: tuple[str, ...]) -> _Base | None:
+        if groups in self._bases:
+            self._bases.move_to_end(groups)
+            base = self._bases[groups]
+        else:
+            base = self._bases[groups] = self._compose_base(groups)
             if len(self._bases) > _MAX_BASES:
                 self._bases.popitem(last=False)
-        else:
-            self._bases.move_to_end(groups)
         if isinstance(base, str):
             raise CompositionError(base)
         return base
 
-    def _compose_base(self, groups: tuple[str, ...]) -> _Base:
-        full = self._hydras_way(groups)
+    def _compose_base(self, groups: tuple[str, ...]) -> _Base | str | None:
+        """The base; or the message of an error that no value override can cure; or nothing if one might."""
+        try:
+            full = self._hydras_way(groups)
+        except CompositionError as error:
+            try:
+                cfg = self._without_books(groups)
+            except CompositionError:
+                return str(error)
+            return str(error) if _books_are_plain(cfg) else None
+        if not _books_are_plain(full):
+            return None
         task = clone(full, without=("hydra",))
         given = [*self._hydras, *_parse(groups)]
         return _Base(
@@ -256,8 +259,27 @@ class Composer:
             task=task,
             task_lines=sum(not override.is_hydra_override() for override in given),
             interpolated=has_interpolation(task),
-            certain=_books_are_plain(full.__dict__["_content"]["hydra"]),
         )
+
+    def _without_books(self, groups: Sequence[str]) -> DictConfig:
+        """``_load_configuration_impl`` up to the overrides, without the bookkeeping that follows."""
+        lines = [*self.spec.hydra_overrides, *groups]
+        with mapped_errors(groups):
+            parsed, repository = self._loader._parse_overrides_and_create_caching_repo(
+                self.spec.config_name, lines
+            )
+            found = create_defaults_list(
+                repo=repository,
+                config_name=self.spec.config_name,
+                overrides_list=parsed,
+                prepend_hydra=True,
+                skip_missing=False,
+            )
+            cfg = self._loader._compose_config_from_defaults_list(defaults=found.defaults, repo=repository)
+            OmegaConf.set_struct(cfg, True)
+            OmegaConf.set_readonly(cfg.hydra, False)
+            ConfigLoaderImpl._apply_overrides_to_config(found.config_overrides, cfg)
+        return cfg
 
     def _hydras_way(self, overrides: Sequence[str]) -> DictConfig:
         with mapped_errors(overrides):
@@ -355,9 +377,11 @@ def _meets_interpolation(cfg: DictConfig, override: Override) -> bool:
     return looks and has_interpolation(node)
 
 
-def _books_are_plain(hydra: DictConfig) -> bool:
+def _books_are_plain(full: DictConfig) -> bool:
     """Whether no interpolation stands where Hydra reads or writes its bookkeeping."""
-    nodes = held(hydra)
+    nodes = held(held(full)["hydra"])
+    if not isinstance(nodes, dict):
+        return False
     lines, runtime, job = (held(nodes[name]) for name in ("overrides", "runtime", "job"))
     if not (isinstance(lines, dict) and isinstance(runtime, dict) and isinstance(job, dict)):
         return False

@@ -31,7 +31,7 @@ class ResourcesConf:
 
 @dataclass
 class TrackingConf:
-    """The MLflow store: null means MLFLOW_TRACKING_URI, else ``mlflow.db`` here; null: an experiment named as the sweep."""
+    """The MLflow store (null: MLFLOW_TRACKING_URI, else ``mlflow.db`` here) and experiment (null: the sweep's name)."""
 
     uri: str | None = None
     experiment: str | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,14 +107,14 @@ class MlflowTracker(Tracker):
         self._forget_other_server()
         self._start_over()
 
-    # --- the port ------------------------------------------------------------------------------------------------
+    # --- the port -------------------------------------------------------------------------------------------
 
     def sync(self) -> float:
         """See :meth:`Tracker.sync`."""
         self._record_ended()
         self._answer_all()
         self._discover()
-        if self._finishing and not self._closed:
+        if self._finishing and not self._closed and SWEEP not in self._jobs:
             self._add(SWEEP, self._clock())
         self._submit_due()
         return self._next_due()
@@ -162,7 +162,7 @@ class MlflowTracker(Tracker):
         self._log.close()
         self._ledger.close()
 
-    # --- what is new -----------------------------------------------------------------------------------------------
+    # --- what is new ----------------------------------------------------------------------------------------
 
     def _forget_other_server(self) -> None:
         tracking = self._spec.tracking
@@ -215,11 +215,16 @@ class MlflowTracker(Tracker):
             pending.due = due
         heapq.heappush(self._queue, (due, number))
 
-    # --- uploading ---------------------------------------------------------------------------------------------------
+    # --- uploading ------------------------------------------------------------------------------------------
 
     def _submit_due(self) -> None:
         now = self._clock()
         if self._outages and (now < self._closed_until or self._jobs):
+            return
+        if self._place is None:  # first of all the sweep's own run
+            pending = self._pending.get(SWEEP)
+            if pending is not None and pending.due <= now and SWEEP not in self._jobs:
+                self._submit([SWEEP], self._threads)
             return
         room = (1 if self._outages else _AT_ONCE) - len(self._jobs)
         chosen: list[int] = []
@@ -229,27 +234,23 @@ class MlflowTracker(Tracker):
             pending = self._pending.get(number)
             if pending is None or pending.due != due or number in chosen:
                 continue  # the entry is out of date
-            if number in self._jobs or not self._may_start(number, chosen):
+            waits = number in self._jobs or (
+                number == SWEEP and self._finishing and self._others_left(chosen)
+            )
+            if waits:
                 held.append((due, number))
-                if self._place is None:
-                    break
             else:
                 chosen.append(number)
         for entry in held:
             heapq.heappush(self._queue, entry)
         self._submit(chosen, self._threads)
 
-    def _may_start(self, number: int, chosen: list[int]) -> bool:
-        """Trials come after the sweep's own run was created, and before it is closed."""
-        if number != SWEEP:
-            return self._place is not None
-        return self._place is None or not self._finishing or (not chosen and not self._others_left())
-
-    def _others_left(self) -> bool:
+    def _others_left(self, chosen: Sequence[int] = ()) -> bool:
+        """Whether there are trials to upload before the sweep's own run is closed."""
         hopeful = (
             number for number, each in self._pending.items() if number != SWEEP and not _is_hopeless(each)
         )
-        return bool(self._jobs) or next(hopeful, None) is not None
+        return bool(chosen or self._jobs) or next(hopeful, None) is not None
 
     def _submit(self, numbers: list[int], threads: ThreadPoolExecutor) -> None:
         """Start uploads; that they are under way is recorded before."""
@@ -286,7 +287,7 @@ class MlflowTracker(Tracker):
             self._quiet_until.pop(row.trial, None)
         return TrialUpload(self._store, self._place, work, row, doubt=doubt)
 
-    # --- results -------------------------------------------------------------------------------------------------------
+    # --- results --------------------------------------------------------------------------------------------
 
     def _record_ended(self) -> None:
         rows: list[Sent] = []

@@ -37,6 +37,7 @@ _BATCH_S = 0.1
 """Results are gathered for so long, so that they share one write to disk."""
 _TELL_S = 1.0
 _LOCK_S = 0.2
+_RESTART_S = 0.5
 _LONGEST_RESTART_S = 30.0
 _KILL_S = 5.0
 _LINE_LIMIT = 1_000_000
@@ -102,12 +103,13 @@ class _Loop:
                 progress = tracker.progress
                 self._tell(progress, at_once=progress.done)
                 if progress.done:
-                    return
+                    break
                 if self._wake.wait(delay) and self._commands.empty():
                     time.sleep(_BATCH_S)
                 self._wake.clear()
         finally:
             tracker.close()
+            self._tell(tracker.progress, at_once=True)
 
     def _tracker(self) -> Tracker | None:
         module, name = _IMPLEMENTATION
@@ -210,9 +212,8 @@ class TrackerProcess:
         await self._send({"do": "finish"})
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), timeout_s)
-        left = self._progress.left
         await self.kill()
-        return left
+        return self._progress.left
 
     async def kill(self) -> None:
         """End the process: politely, by closing its input, then by force. What it has not sent is sent another time."""
@@ -250,7 +251,7 @@ class TrackerProcess:
 
     async def _keep(self) -> None:
         """Read what the process says; start it again when it dies before its work is done."""
-        pause_s = 1.0
+        pause_s = _RESTART_S
         while True:
             assert self._process is not None
             assert self._process.stdout is not None

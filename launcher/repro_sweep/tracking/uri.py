@@ -1,4 +1,4 @@
-"""Which MLflow store a sweep uses: its URI is checked and made absolute before anything starts. Never imports mlflow."""
+"""Which MLflow store a sweep uses: its URI, checked and made absolute before anything starts. Never imports mlflow."""
 
 from __future__ import annotations
 

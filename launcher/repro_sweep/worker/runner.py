@@ -31,9 +31,11 @@ from omegaconf.errors import OmegaConfBaseException
 from repro_sweep import task as tasks
 from repro_sweep.config.compose import Composer
 from repro_sweep.config.yamltext import hydra_yaml, to_yaml
-from repro_sweep.errors import TrialPruned, UserError
+from repro_sweep.errors import TrackingError, TrialPruned, UserError
 from repro_sweep.states import FailureKind, TrialState
-from repro_sweep.sweep import SweepSpec
+from repro_sweep.sweep import UNNAMED_METRIC, SweepSpec
+from repro_sweep.tracking import inside
+from repro_sweep.tracking.base import RunRef
 from repro_sweep.worker import trial
 from repro_sweep.worker.zygote import PRELOADED, allow_threads
 
@@ -111,11 +113,15 @@ class Runner:
     def _result(self, message: Mapping[str, Any], context: trial.Context) -> dict[str, Any]:
         try:
             _enter_environment(self._spec, message)
+            inside.install(lambda: _find_run(context), uri=self._spec.tracking.uri)
             value = self._run_job(message, context)
+            inside.settle()
             return {"state": TrialState.COMPLETE, **_final_metrics(value, context.last, self._spec.metric)}
         except TrialPruned:
+            inside.settle()
             return {"state": TrialState.PRUNED, "metrics": context.last}
         except BaseException as error:  # noqa: BLE001  (user code: whatever it raises is the trial's failure)
+            inside.settle(failed=True)
             _print_exception(error)
             kind = _kind(error)
             return {
@@ -175,6 +181,14 @@ def _call(task: Callable[[Any], object], config: DictConfig, job: DictConfig) ->
     return returned.return_value
 
 
+def _find_run(context: trial.Context) -> RunRef:
+    """The MLflow run of this trial, asked for when the task first uses MLflow."""
+    found = context.ask(run=True)
+    if found.get("error"):
+        raise TrackingError(f"MLflow: the run of this trial cannot be had: {found['error']}")
+    return RunRef(run_id=found["run_id"], uri=found["uri"], experiment_id=found["experiment_id"])
+
+
 def _enter_environment(spec: SweepSpec, message: Mapping[str, Any]) -> None:
     os.environ["REPRO_SWEEP_NAME"] = spec.name
     os.environ["REPRO_SWEEP_TRIAL"] = str(message["trial"])
@@ -221,7 +235,7 @@ def _final_metrics(value: object, reported: Mapping[str, float], metric: str | N
     elif value is None:
         returned = {}
     else:
-        returned = {metric or "objective": value}
+        returned = {metric or UNNAMED_METRIC: value}
     for name, item in returned.items():
         try:
             metrics[str(name)] = trial.as_number(item, f"returned metric '{name}'")

@@ -5,8 +5,8 @@ would hang or crash. If the import did one of these, the zygote says so and fork
 process for each trial (``--inline``), which runs that one trial itself.
 
 Messages from the agent: ``{"spec"}`` first, then ``{"run": attempt, ...}`` with the trial's channel and output,
-``{"kill": attempt}``, and ``{"preload": modules}`` that a trial had to import. To the agent: ``{"ready", "hazard"}`` or ``{"failed"}``, then ``{"started"}`` or ``{"refused"}``,
-and ``{"ended", "status"}`` for each trial.
+``{"kill": attempt}``, and ``{"preload": modules}`` that a trial had to import. To the agent: ``{"ready", "hazard"}`` or
+``{"failed"}``, then ``{"started"}`` or ``{"refused"}``, and ``{"ended", "status"}`` for each trial.
 """
 
 from __future__ import annotations
