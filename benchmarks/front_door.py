@@ -82,12 +82,12 @@ def _measure(conf: str, count: int) -> dict[str, float]:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from repro_sweep.config.compose import Composer, ComposeSpec
+    from repro_sweep.config.compose import Composer, composition_of
 
     hydra = Hydra.create_main_hydra2(task_name="task", config_search_path=create_config_search_path(conf))
     master = hydra.compose_config("config", [], run_mode=RunMode.MULTIRUN, with_log_configuration=False)
     loader = hydra.config_loader
-    composer = Composer(ComposeSpec.of(master, loader, strip=()), loader=loader)
+    composer = Composer(composition_of(master, loader, strip=()), loader=loader)
     changes = [[f"optimizer.lr={number / 1000}"] for number in range(1, count + 1)]
     composer.compose(["optimizer.lr=1"])  # the base is composed once a sweep
     began = time.perf_counter()

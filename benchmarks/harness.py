@@ -78,6 +78,8 @@ class Times:
     """From the last trial's end to the command's."""
     peak_rss_mb: float = 0.0
     """Of the command's own process."""
+    tracked: int = 0
+    """Trials that the embedded MLflow store has at the end."""
 
     @property
     def per_trial_ms(self) -> float:
@@ -104,8 +106,12 @@ class Project:
         """Run another system's command here, which runs ``trials`` trials of the task."""
         self._stamps.unlink(missing_ok=True)
         with self._started([sys.executable, *command]) as process:
-            if _wait(process, timeout_s) != 0:
-                raise self._failed(f"status {process.returncode}")
+            try:
+                status = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                raise self._failed("not over in time") from None
+            if status != 0:
+                raise self._failed(f"status {status}")
         return Times(trials=trials, makespan_s=self._stamped(trials))
 
     def sweep(self, trials: int, *overrides: str, upload: bool = True, only_start: bool = False) -> Times:
@@ -126,15 +132,15 @@ class Project:
                 peak = max(peak, _peak_rss_mb(process.pid))
                 started, open_trials = self._look()
                 if started and (only_start or (open_trials == 0 and not upload)):
-                    process.send_signal(
-                        signal.SIGINT
-                    )  # the first stops handing out, later ones stop the rest
-                    _wait(process, 2.0)
+                    process.send_signal(signal.SIGINT)  # the first drains, later ones stop
+                    time.sleep(2.0)
                 time.sleep(_POLL_S)
         ended = time.time()
-        first, last, complete = self._attempts()
-        if complete < (1 if only_start else trials):
-            raise self._failed(f"{complete} of {trials} trials complete, status {process.returncode}")
+        first, last, held, complete = self._recorded()
+        if held != trials or complete < (1 if only_start else trials):
+            raise self._failed(
+                f"{complete} of {held} trials complete, {trials} wanted, status {process.returncode}"
+            )
         return Times(
             trials=trials,
             makespan_s=0.0 if only_start else self._stamped(trials),
@@ -142,12 +148,13 @@ class Project:
             first_start_s=first - began,
             after_s=ended - last,
             peak_rss_mb=peak,
+            tracked=self._tracked(),
         )
 
     @contextlib.contextmanager
     def _started(self, command: Sequence[str]):
-        env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-        env[_STAMPS] = str(self._stamps)
+        env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_TRACKING")}
+        env |= {_STAMPS: str(self._stamps), "DO_NOT_TRACK": "1"}
         with (self.folder / "output.txt").open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -170,14 +177,25 @@ class Project:
         except sqlite3.OperationalError:
             return 0, 0  # not there yet
 
-    def _attempts(self) -> tuple[float, float, int]:
+    def _recorded(self) -> tuple[float, float, int, int]:
+        """First start, last end, how many trials there are, how many attempts are complete."""
         try:
             with contextlib.closing(_read_only(self._ledger)) as db:
                 first, last = db.execute("SELECT min(started_at), max(ended_at) FROM attempts").fetchone()
+                held = db.execute("SELECT count(*) FROM trials").fetchone()[0]
                 complete = db.execute("SELECT count(*) FROM attempts WHERE state = 'COMPLETE'").fetchone()[0]
         except sqlite3.OperationalError as error:
             raise self._failed(str(error)) from error
-        return float(first or 0), float(last or 0), int(complete)
+        return float(first or 0), float(last or 0), int(held), int(complete)
+
+    def _tracked(self) -> int:
+        try:
+            with contextlib.closing(_read_only(self.folder / "mlflow.db")) as db:
+                return max(
+                    0, db.execute("SELECT count(*) FROM runs").fetchone()[0] - 1
+                )  # all but the sweep's own
+        except sqlite3.OperationalError:
+            return 0
 
     def _stamped(self, trials: int) -> float:
         lines = self._stamps.read_text(encoding="utf-8").splitlines() if self._stamps.exists() else []
@@ -216,12 +234,6 @@ def best_of(count: int, command: Sequence[str]) -> float:
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
         times.append(time.perf_counter() - began)
     return min(times)
-
-
-def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(timeout_s)
-    return None
 
 
 def _read_only(path: Path) -> sqlite3.Connection:

@@ -39,7 +39,7 @@ def noop(folder: Path, *, quick: bool) -> Table:
     rows = [
         Row(
             system=OURS, value=ours.per_trial_ms,
-            note=f"{trials} trials, tracked; MLflow had all of them {ours.after_s:.1f} s after the last one's end",
+            note=_uploaded(ours),
         ),
         Row(system=f"{OURS}, ledger", value=ledger_ms, note="handing out of the first to recorded end of the last"),
         Row(system="Hydra, basic launcher", value=in_process.per_trial_ms, note=f"{basic} trials, one after the other"),
@@ -70,7 +70,7 @@ def sleep(folder: Path, *, quick: bool) -> Table:
         Row(
             system=OURS,
             value=ours.makespan_s,
-            note=f"MLflow had all of it {ours.after_s:.1f} s after the last end",
+            note=_uploaded(ours),
         ),
         Row(
             system=f"{OURS}, ledger",
@@ -129,6 +129,10 @@ def slow_server(folder: Path, *, quick: bool) -> Table:
             )
         ],
     )
+
+
+def _uploaded(times: harness.Times) -> str:
+    return f"{times.tracked} trials in MLflow {times.after_s:.1f} s after the last end"
 
 
 def _fork_floor_ms(count: int) -> float:

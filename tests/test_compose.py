@@ -26,15 +26,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import MISSING, DictConfig, ListConfig, Node, OmegaConf, open_dict, read_write
 
-from repro_sweep.config.compose import Composer, ComposeSpec
+from repro_sweep.config.compose import Composer, composition_of
 from repro_sweep.config.identity import check, identity, plain
 from repro_sweep.config.nodes import clone
 from repro_sweep.config.yamltext import hydra_yaml, to_yaml
 from repro_sweep.errors import CompositionError
+from repro_sweep.sweep import Composition
 
 # Shrinking would compose hundreds of trees more, for minutes.
 SLOW = settings(
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.reuse, Phase.generate],
@@ -105,8 +106,8 @@ def tree(files: dict[str, str]) -> Iterator[Path]:
 
 def spec_of(
     conf: Path, hydra_overrides: tuple[str, ...] = ("hydra.mode=MULTIRUN",), **more: Any
-) -> ComposeSpec:
-    return ComposeSpec(
+) -> Composition:
+    return Composition(
         config_name=more.pop("config_name", "config"),
         search_path=(("hydra", "pkg://hydra.conf"), ("main", f"file://{conf}"), ("schema", "structured://")),
         hydra_overrides=hydra_overrides,
@@ -491,8 +492,28 @@ def test_hydra_composes_what_it_alone_can(small: Composer, loads: list[list[str]
 def test_an_override_that_brings_an_interpolation_is_followed_by_one_that_crosses_it(small: Composer) -> None:
     assert_equal_to_hydra(small, ["+way=${b}", "way.c=9"])
     assert_equal_to_hydra(small, ["+way=${hydra.job}", "way.name=nine"])
-    assert_equal_to_hydra(small, ["+way=${hydra.verbose}", "~way"])
-    assert "way" not in small.compose(["+way=${hydra.verbose}", "~way"])
+    with tree({"config.yaml": "a: 1\n"}) as conf:
+        plainly = Composer(spec_of(conf))
+        assert_equal_to_hydra(plainly, ["+way=${hydra.verbose}", "~way"])
+        assert "way" not in plainly.compose(["+way=${hydra.verbose}", "~way"])
+
+
+def test_the_overrides_name_of_a_job_is_hydras() -> None:
+    naming = "{kv_sep: '-', item_sep: '__', exclude_keys: [a, db]}"
+    with tree(
+        {
+            **SMALL,
+            "config.yaml": SMALL["config.yaml"]
+            + f"hydra: {{job: {{config: {{override_dirname: {naming}}}}}}}\n",
+        }
+    ) as conf:
+        composer = Composer(spec_of(conf, ("hydra.mode=MULTIRUN", "b.c=3")))
+        overrides = ["a=5", "+z=1", "db=b", "hydra/job_logging=disabled", "+y=x y"]
+        assert_equal_to_hydra(composer, overrides)
+        job = composer.job_config(overrides, num=3, job_id="3", output_dir="/out").hydra
+        assert job.job.override_dirname == "+y-x y__+z-1__b.c-3"
+        assert list(job.overrides.task) == ["b.c=3", "a=5", "+z=1", "db=b", "+y=x y"]
+        assert list(job.overrides.hydra) == ["hydra.mode=MULTIRUN", "hydra/job_logging=disabled"]
 
 
 def test_a_value_may_cure_what_the_bookkeeping_of_its_options_fails_by() -> None:
@@ -542,7 +563,7 @@ def test_a_job_may_consume_the_prepared_config(small: Composer) -> None:
 def test_times_are_those_of_the_sweep(small: Composer) -> None:
     master = small._loader.load_configuration("config", ["hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
     OmegaConf.get_cache(master)["now"][("%Y",)] = "1999"
-    spec = ComposeSpec.from_json(ComposeSpec.of(master, small._loader).to_json())
+    spec = Composition.model_validate_json(composition_of(master, small._loader).model_dump_json())
     later = Composer(spec, loader=small._loader)
     assert later.compose(["+t=${now:%Y}"]).t == "1999"
     assert later.job_config(["+t=${now:%Y}"], num=0, job_id="0", output_dir="/").t == "1999"
@@ -550,14 +571,14 @@ def test_times_are_those_of_the_sweep(small: Composer) -> None:
 
 
 def test_another_process_composes_the_same(small: Composer) -> None:
-    spec = ComposeSpec.from_json(small.spec.to_json())
+    spec = Composition.model_validate_json(small.spec.model_dump_json())
     assert spec == small.spec
     program = (
         "import sys; from repro_sweep.config.compose import *\n"
-        "print(Composer(ComposeSpec.from_json(sys.argv[1])).compose(sys.argv[2:]))"
+        "print(Composer(Composition.model_validate_json(sys.argv[1])).compose(sys.argv[2:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, spec.to_json(), "a=7", "db=b"],
+        [sys.executable, "-c", program, spec.model_dump_json(), "a=7", "db=b"],
         capture_output=True,
         text=True,
         check=True,
@@ -569,7 +590,7 @@ def test_the_spec_of_a_running_sweep_composes_like_its_loader(small: Composer) -
     master = small._loader.load_configuration(
         "config", ["hydra.mode=MULTIRUN", "hydra.job.name=z"], RunMode.MULTIRUN
     )
-    spec = ComposeSpec.of(master, small._loader)
+    spec = composition_of(master, small._loader)
     assert spec.hydra_overrides == ("hydra.mode=MULTIRUN", "hydra.job.name=z")
     assert spec.search_path == small.spec.search_path
     assert_equal_to_hydra(Composer(spec, loader=small._loader), ["a=3"])
@@ -645,12 +666,22 @@ NESTED: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=st.dictionaries(TEXTS, NESTED, max_size=6) | st.lists(NESTED, max_size=4))
 def test_the_yaml_text_is_omegaconfs(content: Any) -> None:
     cfg = outcome(lambda: OmegaConf.create(content))
     if isinstance(cfg, DictConfig | ListConfig):
         assert to_yaml(cfg) == OmegaConf.to_yaml(cfg)
+
+
+def test_a_text_is_folded_where_pyyaml_folds_it() -> None:
+    for length in range(60, 100):
+        for text in ("ab " * 40, "a: b" * 30, "é\x07 b" * 30, "ab" * 80, "a b\n" * 20):
+            value = text[:length].strip()
+            cfg = OmegaConf.create(
+                {"k": value, "l": [value, [value]], "m": {"key": {"n": [{"o": value, "p": [value]}]}}}
+            )
+            assert to_yaml(cfg) == OmegaConf.to_yaml(cfg)
 
 
 def test_a_path_that_occurs_twice_is_written_as_omegaconf_does() -> None:

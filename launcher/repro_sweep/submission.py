@@ -11,7 +11,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from repro_sweep import machine, task
-from repro_sweep.config.compose import Composer, ComposeSpec
+from repro_sweep.config.compose import Composer, composition_of
 from repro_sweep.config.identity import check, identity
 from repro_sweep.config.schema import SweepConf
 from repro_sweep.config.space import Space
@@ -297,9 +297,7 @@ def _composition(config: DictConfig, loader: ConfigLoader, name: str) -> Composi
     chosen = [f"hydra.sweep.dir=multirun/{name}"] if raw["dir"] == _HYDRA_DIR else []
     if raw["subdir"] == _HYDRA_SUBDIR:
         chosen.append(f"hydra.sweep.subdir={_SUBDIR}")
-    composition = Composition(
-        **asdict(ComposeSpec.of(config, loader, strip=("sweep",) if _is_ours(config) else ()))
-    )
+    composition = composition_of(config, loader, strip=("sweep",) if _is_ours(config) else ())
     return composition.model_copy(update={"hydra_overrides": (*composition.hydra_overrides, *chosen)})
 
 

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict
 
 from repro_sweep.states import Direction
 
-
 UNNAMED_METRIC = "objective"
 """What the number is called that a task returns, where the sweep names no metric."""
 
@@ -45,7 +44,12 @@ class TaskSpec(Record):
 
 
 class Composition(Record):
-    """What a process needs to compose a trial's config as Hydra did at submission (see ``config.compose``)."""
+    """What a process needs to compose a trial's config as Hydra did at submission (see ``config.compose``).
+
+    ``search_path`` holds the (provider, path) pairs of Hydra's search path, in its order; ``strip`` the nodes of the
+    first level that trials must not see; ``now`` what ``${now:pattern}`` is in all trials, for the patterns that the sweep
+    itself has used.
+    """
 
     config_name: str | None
     search_path: tuple[tuple[str, str], ...]

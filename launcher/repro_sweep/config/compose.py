@@ -19,13 +19,11 @@ Nothing here resolves a config (:mod:`repro_sweep.config.identity` does) or know
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
 
 from hydra import __version__, version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
@@ -45,54 +43,29 @@ from repro_sweep.config.hydra_errors import mapped_errors
 from repro_sweep.config.nodes import clone, has_interpolation, held
 from repro_sweep.config.yamltext import hydra_yaml, to_yaml
 from repro_sweep.errors import CompositionError
+from repro_sweep.sweep import Composition
 
 _MAX_BASES = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComposeSpec:
-    """All that another process needs to compose the same configs, given the same files and ConfigStore."""
+def composition_of(
+    master: DictConfig, loader: ConfigLoader, *, strip: tuple[str, ...] = ("sweep",)
+) -> Composition:
+    """All that another process needs to compose as a running multirun does, given the same files and ConfigStore.
 
-    config_name: str | None
-    search_path: tuple[tuple[str, str], ...]
-    """(provider, path) of Hydra's search path, in its order; the last one is ("schema", "structured://")."""
-    hydra_overrides: tuple[str, ...]
-    job_name: str
-    version_base: str | None
-    strip: tuple[str, ...] = ("sweep",)
-    """Nodes of the first level that trials must not see."""
-    now: tuple[tuple[str, str], ...] = ()
-    """What ``${now:pattern}`` is in all trials, for the patterns that the sweep itself has used."""
-
-    @classmethod
-    def of(cls, master: DictConfig, loader: ConfigLoader, *, strip: tuple[str, ...] = ("sweep",)) -> Self:
-        """The spec of a running multirun: ``master`` is the config that a sweeper's ``setup`` gets.
-
-        Take it after the sweep's directory is resolved, so that trials see the same date (Hydra's
-        ``load_sweep_config`` copies the resolvers' cache for that).
-        """
-        hydra = master.hydra
-        return cls(
-            config_name=hydra.job.config_name,
-            search_path=tuple((e.provider or "", e.path or "") for e in loader.get_search_path().get_path()),
-            hydra_overrides=tuple(hydra.overrides.hydra),
-            job_name=str(JobRuntime.instance().get("name")),
-            version_base=hydra.runtime.version_base,
-            strip=strip,
-            now=tuple((pattern, value) for (pattern,), value in OmegaConf.get_cache(master)["now"].items()),
-        )
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        data = json.loads(text)
-        for name in ("hydra_overrides", "strip"):
-            data[name] = tuple(data[name])
-        for name in ("search_path", "now"):
-            data[name] = tuple((first, second) for first, second in data[name])
-        return cls(**data)
+    ``master`` is the config that a sweeper's ``setup`` gets. Call it after the sweep's directory is resolved, so that
+    trials see the same date (Hydra's ``load_sweep_config`` copies the resolvers' cache for that).
+    """
+    hydra = master.hydra
+    return Composition(
+        config_name=hydra.job.config_name,
+        search_path=tuple((e.provider or "", e.path or "") for e in loader.get_search_path().get_path()),
+        hydra_overrides=tuple(hydra.overrides.hydra),
+        job_name=str(JobRuntime.instance().get("name")),
+        version_base=hydra.runtime.version_base,
+        strip=strip,
+        now=tuple((pattern, value) for (pattern,), value in OmegaConf.get_cache(master)["now"].items()),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +91,7 @@ class Composer:
     Raises :class:`CompositionError` if the search path or the Hydra overrides cannot be used.
     """
 
-    def __init__(self, spec: ComposeSpec, *, loader: ConfigLoader | None = None) -> None:
+    def __init__(self, spec: Composition, *, loader: ConfigLoader | None = None) -> None:
         self.spec = spec
         self._bases: OrderedDict[tuple[str, ...], _Base | str | None] = OrderedDict()
         self._group_exists: dict[str, bool] = {}
@@ -325,7 +298,7 @@ class Composer:
             )
 
 
-def _start_hydra(spec: ComposeSpec) -> ConfigLoaderImpl:
+def _start_hydra(spec: Composition) -> ConfigLoaderImpl:
     """What ``hydra.main`` does for the process before it composes: ``_run_hydra`` and ``Hydra.__init__``."""
     base = version._get_version(__version__ if spec.version_base is None else spec.version_base)
     version.VersionBase.instance().setbase(Version(str(base)))  # not setbase(), which warns of 1.1 once more

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from repro_sweep.tracking.base import RunRef
@@ -34,6 +34,7 @@ _ENGINES = (
     "mlflow.store.model_registry.sqlalchemy_store",
     "mlflow.store.jobs.sqlalchemy_store",
 )
+_MODEL_LOGGERS = {("mlflow.models.model", "log"), (_FLUENT, "_create_logged_model")}
 
 _logger = logging.getLogger(__name__)
 _installed: _TrialRun | None = None
@@ -107,6 +108,11 @@ class _TrialRun:
         self._fluent._active_experiment_id = self.ref.experiment_id
         return self.ref
 
+    def as_active_run(self) -> Any:
+        """The run as MLflow's functions see the active one; it is not made active."""
+        ref = self.prepare()
+        return self._fluent.ActiveRun(sys.modules["mlflow"].MlflowClient().get_run(ref.run_id))
+
     def settle(self, status: str) -> None:
         """See :func:`settle`."""
         fluent, ref = self._fluent, self.ref
@@ -134,6 +140,8 @@ class _Stack:
         """The active runs of this thread."""
         runs: list[Any] = self._stack.get()
         caller = sys._getframe(1)
+        if caller.f_code.co_name == "active_run" and not runs and _logs_a_model(caller.f_back):
+            return [self._trial.as_active_run()]
         if caller.f_code.co_name == "start_run":
             asked = caller.f_locals
             mine = not runs and not asked.get("run_id") and not asked.get("parent_run_id")
@@ -218,6 +226,11 @@ class _AttachingLoader(Loader):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+
+def _logs_a_model(frame: FrameType | None) -> bool:
+    """Whether a frame is one of MLflow's that link a model to the active run without starting one."""
+    return frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) in _MODEL_LOGGERS
 
 
 def _leave_connections_to_parent() -> None:

@@ -319,6 +319,7 @@ class SweepUpload(Upload):
             runs = [
                 self._store.create_run(experiment, encoding.sweep_tags(self._spec), started_ms=started_ms)
             ]
+            self.sent.final = encoding.STATUS[TrialState.RUNNING]  # as MLflow creates them
         self.sent.run_id, self.sent.artifact_uri = runs[0].run_id, runs[0].artifact_uri
 
 
