@@ -47,8 +47,8 @@ class Composition(Record):
     """What a process needs to compose a trial's config as Hydra did at submission (see ``config.compose``).
 
     ``search_path`` holds the (provider, path) pairs of Hydra's search path, in its order; ``strip`` the nodes of the
-    first level that trials must not see; ``now`` what ``${now:pattern}`` is in all trials, for the patterns that the sweep
-    itself has used.
+    first level that trials must not see; ``now`` what ``${now:pattern}`` is in all trials, for the patterns that the
+    sweep itself has used.
     """
 
     config_name: str | None
