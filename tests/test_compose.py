@@ -737,7 +737,8 @@ def test_an_interpolation_to_what_is_missing_elsewhere_is_a_problem() -> None:
 
 
 def test_containers_that_lead_into_each_other_are_a_problem() -> None:
-    assert problems("a: {b: '${c}'}\nc: {d: '${a}'}")
+    found = problems("a: {b: '${c}'}\nc: {d: '${a}'}")
+    assert set(found.values()) == {"Recursive interpolation detected"}
 
 
 def test_typed_values_are_checked_against_their_types(monkeypatch: pytest.MonkeyPatch) -> None:

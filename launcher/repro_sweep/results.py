@@ -189,17 +189,23 @@ def read_trials(sweep: Sweep) -> list[Trial]:
     with _reading(sweep.uri):
         client = _client(sweep.uri)
         condition = f"tags.`mlflow.parentRunId` = '{sweep.run_id}' and tags.`{PREFIX}kind` = 'trial'"
-        found: dict[int, Trial] = {}
+        found: dict[int, Any] = {}
         for run in _runs(client, [sweep.experiment_id], condition, order_by=["attributes.start_time ASC"]):
-            trial = _trial(run, sweep.uri)
-            found.setdefault(trial.number, trial)
-    return [found[number] for number in sorted(found)]
+            number = int(run.data.tags[f"{PREFIX}trial"])
+            if number not in found or _completeness(run) > _completeness(found[number]):
+                found[number] = run
+        return [_trial(found[number], sweep.uri) for number in sorted(found)]
 
 
 def value_of(trial: Trial, metric: str) -> float | None:
     """A trial's value of a metric, under its own name or the one that MLflow took for it."""
     value = trial.metrics.get(metric)
     return trial.metrics.get(safe_key(metric)) if value is None else value
+
+
+def _completeness(run: Any) -> tuple[bool, int]:
+    """A run that a lost and late request has made besides the right one has nothing but its tags."""
+    return run.info.end_time is not None, len(run.data.params)
 
 
 def _sweep(run: Any, uri: str) -> Sweep:

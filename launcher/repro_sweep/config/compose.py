@@ -94,6 +94,7 @@ class Composer:
     def __init__(self, spec: Composition, *, loader: ConfigLoader | None = None) -> None:
         self.spec = spec
         self._bases: OrderedDict[tuple[str, ...], _Base | str | None] = OrderedDict()
+        self._warm: set[int] = set()
         self._group_exists: dict[str, bool] = {}
         self._reserved = frozenset({"hydra", "", *spec.strip})
         if loader is not None and not isinstance(loader, ConfigLoaderImpl):
@@ -120,15 +121,18 @@ class Composer:
         cfg.__dict__["_content"].pop("hydra")
         return self._with_cache(cfg)
 
-    def prepare(self, overrides: Sequence[str]) -> None:
+    def prepare(self, overrides: Sequence[str]) -> bool:
         """Compose what these overrides' config stands on, so that processes forked afterwards need not.
 
-        Raises :class:`CompositionError`.
+        Returns whether that was new. Raises :class:`CompositionError`.
         """
         base, _ = self._prepared(overrides)
-        if base is not None:
-            hydra_yaml(base.full)  # remembers the texts of its scalars
-            to_yaml(base.task)
+        if base is None or id(base) in self._warm:
+            return False
+        self._warm.add(id(base))
+        hydra_yaml(base.full)  # remembers the texts of its scalars
+        to_yaml(base.task)
+        return True
 
     def hydra(self, overrides: Sequence[str]) -> DictConfig:
         """The ``hydra`` node that these overrides' options lead to, with nothing of a job in it; only read it.

@@ -68,9 +68,17 @@ def _dump(data: Any) -> str:
     return text
 
 
+_PLAIN_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=[A-Za-z0-9_.]+")
+"""Overrides such as ``optimizer.lr=0.1``: new in every trial, and never quoted in YAML."""
+
+
 @lru_cache(maxsize=_KNOWN_SCALARS, typed=True)
 def _scalar(value: str | int | None) -> str:
     """The text of a scalar; empty if it has several lines, so that its indentation depends on the place."""
+    if type(value) is int:
+        return str(value)
+    if type(value) is str and _PLAIN_OVERRIDE.fullmatch(value):
+        return value
     text = _dump({"k": value})[3:-1]
     return "" if _LINE_BREAK.search(text) else text
 

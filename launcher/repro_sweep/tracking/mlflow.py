@@ -146,9 +146,9 @@ class MlflowTracker(Tracker):
                 f"{_name(number)}: {each.error}" for number, each in self._pending.items() if each.error
             )
             error = next(errors, None)
-        told = self._closed or SWEEP in self._pending
-        done = self._finishing and told and not self._jobs and all(map(_is_hopeless, self._pending.values()))
-        return Progress(left=len(left), error=error, done=done)
+        return Progress(
+            left=len(left), error=error, done=self._finishing and not self._jobs and self._is_over()
+        )
 
     def close(self) -> None:
         """See :meth:`Tracker.close`."""
@@ -245,6 +245,13 @@ class MlflowTracker(Tracker):
             heapq.heappush(self._queue, entry)
         self._submit(chosen, self._threads)
 
+    def _is_over(self) -> bool:
+        """Whether all that a finishing tracker could still do was refused, again and again."""
+        own = self._pending.get(SWEEP)
+        if self._place is None:
+            return own is not None and _is_hopeless(own)
+        return (self._closed or own is not None) and all(map(_is_hopeless, self._pending.values()))
+
     def _others_left(self, chosen: Sequence[int] = ()) -> bool:
         """Whether there are trials to upload before the sweep's own run is closed."""
         hopeful = (
@@ -277,8 +284,18 @@ class MlflowTracker(Tracker):
         if row.trial == SWEEP:
             closing = self._finishing and not self._others_left()
             self._quiet_until[SWEEP] = self._clock() + _COUNTS_S
-            counts = self._ledger.counts()
-            return SweepUpload(self._store, self._spec, counts, row, place=self._place, closing=closing)
+            suspects = self._log.suspects() if closing else {}
+            return SweepUpload(
+                self._store,
+                self._spec,
+                self._ledger.counts(),
+                row,
+                place=self._place,
+                closing=closing,
+                suspects={
+                    self._ledger.trial(n).identity: run_id for n, run_id in suspects.items() if n != SWEEP
+                },
+            )
         assert self._place is not None
         work = load_work(self._ledger, self._spec, row)
         if work.trial.state is TrialState.RUNNING:

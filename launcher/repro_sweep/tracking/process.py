@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the tracker of the sweep in the given directory until it is done or told to stop."""
     (directory,) = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, which tells us what to do
-    os.nice(10)
+    os.nice(19)
     with _private_stdout(Path(directory)) as out:
         try:
             _Loop(Path(directory), out).run()

@@ -147,5 +147,10 @@ class SentLog:
         rows = self._db.execute("SELECT trial, change, seq FROM sent WHERE NOT unsure")
         return {trial: (change, seq) for trial, change, seq in rows}
 
+    def suspects(self) -> dict[int, str]:
+        """The runs of trials that may have another one, left by a request that was lost and done late."""
+        rows = self._db.execute("SELECT trial, run_id FROM sent WHERE suspect AND run_id IS NOT NULL")
+        return dict(rows)
+
     def _commit(self) -> None:
         self._db.commit()

@@ -256,7 +256,6 @@ class Store:
                 with _initialising(self.uri):
                     import mlflow
 
-                    mlflow.set_tracking_uri(self.uri)
                     self._opened = mlflow.MlflowClient(self.uri)
             return self._opened
 

@@ -190,9 +190,6 @@ class TrialUpload(Upload):
             ended = time.time() if latest is None or latest.ended_at is None else latest.ended_at
             if sent.change != trial.change or self._doubt:
                 self._store.set_status(sent.run_id, status, ended_ms=encoding.milliseconds(ended))
-            if sent.suspect:
-                _delete_others(self._store, self._place.experiment, self._search, sent.run_id)
-                sent.suspect = False
             sent.final = None if latest is None else latest.id
         elif self._changed or trial.state is TrialState.WAITING:
             self._store.set_status(sent.run_id, status, ended_ms=None)
@@ -207,17 +204,13 @@ class TrialUpload(Upload):
     def _ends(self) -> bool:
         return self._trial.state.is_finished() and not self._work.more
 
-    @property
-    def _search(self) -> dict[str, str]:
-        prefix = encoding.PREFIX
-        return {f"{prefix}sweep_id": self._work.spec.sweep_id, f"{prefix}identity": self._trial.identity}
-
     def _ensure_run(self) -> bool:
         """Find or create the trial's run; returns whether it is new, so that nothing can be there yet."""
         sent, work, trial = self.sent, self._work, self._trial
         if self._doubt:
             sent.suspect = True  # a lost request may still be on its way, or have been done twice
-            found = self._store.find_runs(self._place.experiment, self._search)
+            search = _trial_search(work.spec, trial.identity)
+            found = self._store.find_runs(self._place.experiment, search)
             if found:
                 sent.run_id, sent.artifact_uri = found[0].run_id, found[0].artifact_uri
                 return False
@@ -257,7 +250,8 @@ class TrialUpload(Upload):
 class SweepUpload(Upload):
     """The sweep's own run. ``place`` is None where the experiment has not been looked at yet, and set afterwards.
 
-    ``found``: a run of this sweep was there that ``sent`` knows nothing of.
+    ``suspects`` are the identities of trials whose run may exist twice, and the right runs; when the sweep is closed
+    the others are deleted. ``found``: a run of this sweep was there that ``sent`` knows nothing of.
     """
 
     def __init__(
@@ -269,10 +263,12 @@ class SweepUpload(Upload):
         *,
         place: Place | None,
         closing: bool,
+        suspects: Mapping[str, str],
     ) -> None:
         self._store = store
         self._spec = spec
         self._counts = counts
+        self._suspects = suspects
         self.closing = closing
         self.sent = sent
         self.place = place
@@ -305,11 +301,20 @@ class SweepUpload(Upload):
             self._store.set_status(self.sent.run_id, status, ended_ms=ended_ms)
             self.sent.final = status
         if self.closing:
-            _delete_others(self._store, self.place.experiment, self._search, self.sent.run_id)
+            self._delete_others(self._search, self.sent.run_id)
+            for identity, run_id in self._suspects.items():
+                self._delete_others(_trial_search(self._spec, identity), run_id)
 
     @property
     def _search(self) -> dict[str, str]:
         return {f"{encoding.PREFIX}sweep_id": self._spec.sweep_id, f"{encoding.PREFIX}kind": "sweep"}
+
+    def _delete_others(self, search: Mapping[str, str], run_id: str) -> None:
+        """Delete the runs that lost and late requests have made besides the right one."""
+        assert self.place is not None
+        for run in self._store.find_runs(self.place.experiment, search):
+            if run.run_id != run_id:
+                self._store.delete_run(run.run_id)
 
     def _ensure_run(self, experiment: str) -> None:
         runs = self._store.find_runs(experiment, self._search)
@@ -339,8 +344,5 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
                 yield (f"{_ARTIFACTS}/{path}" if reserved else path), file
 
 
-def _delete_others(store: Store, experiment: str, search: Mapping[str, str], run_id: str) -> None:
-    """Delete the runs that a lost and late request has made besides the right one."""
-    for run in store.find_runs(experiment, search):
-        if run.run_id != run_id:
-            store.delete_run(run.run_id)
+def _trial_search(spec: SweepSpec, identity: str) -> dict[str, str]:
+    return {f"{encoding.PREFIX}sweep_id": spec.sweep_id, f"{encoding.PREFIX}identity": identity}

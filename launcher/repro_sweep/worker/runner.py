@@ -69,16 +69,20 @@ class Runner:
         self._composer = Composer(spec.composition)
         self._rehearsed = False
 
-    def prepare(self, message: Mapping[str, Any]) -> None:
+    def prepare(self, message: Mapping[str, Any]) -> bool:
         """Before the fork: have the composed base of this trial's config-group choices ready.
+
+        Returns:
+            Whether anything had to be made.
 
         Raises:
             UserError: Hydra cannot compose it any more.
         """
-        self._composer.prepare(message["overrides"])
+        new = self._composer.prepare(message["overrides"])
         if not self._rehearsed:
             self._rehearsed = True
             self._rehearse(message)
+        return new
 
     def _rehearse(self, message: Mapping[str, Any]) -> None:
         """Do once in the parent what every child does, so that caches (parsers', imports') are warm in all of them."""
@@ -104,9 +108,9 @@ class Runner:
         faulthandler.enable(file=2)
         context = trial.Context(socket.socket(fileno=channel_fd), Path(message["directory"]))
         trial.enter(context)
-        known = PRELOADED.intersection(sys.modules)
+        known = _imported()
         result = self._result(message, context)
-        context.send(imported=sorted(PRELOADED.intersection(sys.modules) - known))
+        context.send(imported=sorted(_imported() - known))
         context.send(result=result)
         _exit()
 
@@ -157,6 +161,11 @@ class Runner:
             (folder / "overrides.yaml").write_text(to_yaml(node.overrides.task), encoding="utf-8")
         os.environ.update({key: str(value) for key, value in node.job.env_set.items()})
         return _call(self._task, config, job)
+
+
+def _imported() -> set[str]:
+    """The modules worth preloading that this process has; a look at all modules would touch the pages of all names."""
+    return {module for module in PRELOADED if module in sys.modules}
 
 
 def _call(task: Callable[[Any], object], config: DictConfig, job: DictConfig) -> object:

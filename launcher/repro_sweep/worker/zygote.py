@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import importlib
 import os
 import selectors
@@ -28,7 +27,7 @@ from typing import Any
 
 from repro_sweep.errors import UserError
 from repro_sweep.sweep import Resources, SweepSpec
-from repro_sweep.worker import wire
+from repro_sweep.worker import memory, wire
 
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -91,7 +90,8 @@ class Zygote:
             return
         attempt = str(message["run"])
         try:
-            self._runner.prepare(message)
+            if self._runner.prepare(message):
+                memory.settle()
         except UserError as error:
             for fd in fds:
                 os.close(fd)
@@ -175,8 +175,7 @@ def preload(modules: Sequence[str]) -> None:
     for module in PRELOADED.intersection(modules):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
-    gc.collect()
-    gc.freeze()
+    memory.settle()
 
 
 def fork_hazard() -> str | None:
@@ -228,8 +227,6 @@ def main() -> None:
     hazard = fork_hazard()
     wire.send(sock, {"ready": True, "hazard": hazard})
     if hazard is None:
-        gc.collect()
-        gc.freeze()
         Zygote(sock, runner).serve()
 
 
