@@ -171,10 +171,12 @@ def find_sweep(name: str, uri: str) -> Sweep:
         experiments = _experiments(client)
         condition = f"tags.`{PREFIX}kind` = 'sweep'"
         exact = condition if "'" in name else f"{condition} and tags.`{PREFIX}sweep` = '{name}'"
-        for run in _runs(client, experiments, exact, order_by=["attributes.start_time DESC"]):
-            if run.data.tags.get(f"{PREFIX}sweep") == name:
-                return _sweep(run, uri)
-        names = {run.data.tags.get(f"{PREFIX}sweep", "") for run in _runs(client, experiments, condition)}
+        runs = _runs(client, experiments, exact, order_by=["attributes.start_time DESC"])
+        named = [run for run in runs if _tag(run, "sweep") == name]
+        if named:  # of the newest, not one that a lost and late request has made besides the right one
+            newest = [each for each in named if _tag(each, "sweep_id") == _tag(named[0], "sweep_id")]
+            return _sweep(next((each for each in newest if _tag(each, "counts")), newest[0]), uri)
+        names = {_tag(run, "sweep") for run in _runs(client, experiments, condition)}
     near = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5) or sorted(names)[:10]
     hint = f"did you mean {', '.join(near)}?" if near else "there are no sweeps at all"
     raise TrackingError(f"no sweep named {name!r} at {redacted(uri)}: {hint}")
@@ -201,6 +203,11 @@ def value_of(trial: Trial, metric: str) -> float | None:
     """A trial's value of a metric, under its own name or the one that MLflow took for it."""
     value = trial.metrics.get(metric)
     return trial.metrics.get(safe_key(metric)) if value is None else value
+
+
+def _tag(run: Any, key: str) -> str:
+    value: str = run.data.tags.get(f"{PREFIX}{key}", "")
+    return value
 
 
 def _completeness(run: Any) -> tuple[bool, int]:
@@ -252,13 +259,11 @@ def _record(tags: Mapping[str, str], run_id: str, uri: str) -> dict[str, Any]:
         return {key: json.loads(tags[key]) for key in keys}
     import mlflow.artifacts
 
-    record: dict[str, Any] = mlflow.artifacts.load_dict(_artifact_uri(run_id, uri))
+    file = mlflow.artifacts.download_artifacts(
+        run_id=run_id, artifact_path=RECORD_ARTIFACT, tracking_uri=uri, dst_path=_copies(run_id, uri)
+    )
+    record: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
     return record
-
-
-def _artifact_uri(run_id: str, uri: str) -> str:
-    location: str = _client(uri).get_run(run_id).info.artifact_uri
-    return f"{location}/{RECORD_ARTIFACT}"
 
 
 def _restored(value: float) -> float:

@@ -152,10 +152,12 @@ class MlflowTracker(Tracker):
 
     def close(self) -> None:
         """See :meth:`Tracker.close`."""
+        error = self._error
         self._store.stop()
         for threads in (self._threads, self._urgent):
             threads.shutdown(wait=True, cancel_futures=True)
         self._record_ended()
+        self._error = error  # not that of the uploads that were stopped
         for trial in list(self._answers):
             for answer in self._answers.pop(trial):
                 answer("the tracker has stopped")

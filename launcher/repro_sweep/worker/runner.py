@@ -7,7 +7,6 @@ The result goes to the agent as one message before the process ends, so that a c
 from __future__ import annotations
 
 import atexit
-import contextlib
 import faulthandler
 import logging
 import math
@@ -24,9 +23,8 @@ from typing import Any
 from hydra import version
 from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus, configure_log
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from repro_sweep import task as tasks
 from repro_sweep.config.compose import Composer
@@ -37,18 +35,10 @@ from repro_sweep.sweep import UNNAMED_METRIC, SweepSpec
 from repro_sweep.tracking import inside
 from repro_sweep.tracking.base import RunRef
 from repro_sweep.worker import trial
+from repro_sweep.worker.logs import JobLogging
 from repro_sweep.worker.zygote import PRELOADED, allow_threads
 
 _MESSAGE_LIMIT = 2000
-_REHEARSED_LOGGING = {
-    "version": 1,
-    "formatters": {"simple": {"format": "%(message)s"}},
-    "handlers": {
-        "console": {"class": "logging.StreamHandler", "formatter": "simple", "stream": "ext://sys.stdout"}
-    },
-    "root": {"level": "INFO", "handlers": ["console"]},
-    "disable_existing_loggers": False,
-}
 
 
 class DriftError(Exception):
@@ -67,6 +57,7 @@ class Runner:
         os.chdir(spec.task.cwd)
         self._task = tasks.load(spec.task)
         self._composer = Composer(spec.composition)
+        self._logging = JobLogging()
         self._rehearsed = False
 
     def prepare(self, message: Mapping[str, Any]) -> bool:
@@ -79,22 +70,14 @@ class Runner:
             UserError: Hydra cannot compose it any more.
         """
         new = self._composer.prepare(message["overrides"])
-        if not self._rehearsed:
+        self._logging.prepare(self._composer.hydra(message["overrides"]))
+        if not self._rehearsed:  # what every child does, once here, so that caches are warm in all of them
             self._rehearsed = True
-            self._rehearse(message)
+            job = self._composer.job_config(
+                message["overrides"], num=0, job_id="0", output_dir=message["directory"]
+            )
+            hydra_yaml(_hydra_shell(job))
         return new
-
-    def _rehearse(self, message: Mapping[str, Any]) -> None:
-        """Do once in the parent what every child does, so that caches (parsers', imports') are warm in all of them."""
-        job = self._composer.job_config(
-            message["overrides"], num=0, job_id="0", output_dir=message["directory"]
-        )
-        shell = _hydra_shell(job)
-        hydra_yaml(shell)
-        with contextlib.suppress(OmegaConfBaseException):  # what is wrong with it, the trial will say
-            OmegaConf.to_container(job.hydra.job_logging, resolve=True)
-        configure_log(OmegaConf.create(_REHEARSED_LOGGING))
-        logging.root.handlers.clear()
 
     def run(self, message: Mapping[str, Any], fds: list[int]) -> None:
         """In the trial's own process: run it, send its result, end the process."""
@@ -152,7 +135,7 @@ class Runner:
         node = job.hydra
         if _changes_directory(node):
             os.chdir(context.directory)
-        configure_log(node.job_logging, node.verbose)
+        self._logging.enter(node)
         if node.output_subdir is not None:
             folder = context.directory / node.output_subdir
             folder.mkdir(parents=True, exist_ok=True)
