@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
+from typing import Self
 
 from repro_sweep.ledger import Attempt, Ledger, Trial
 from repro_sweep.states import TrialState
@@ -22,7 +23,9 @@ CONSOLE_SCRIPT = Path(sys.executable).with_name("repro-sweep")
 TIMEOUT_S = 120.0
 _MARK = "REPRO_SWEEP_TEST_MARK"
 _POLL_S = 0.01
-_FOREIGN = ("MLFLOW_", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "VECLIB_", "CUDA_", "REPRO_SWEEP_", "HYDRA_", "COV_")
+_FOREIGN = (
+    "MLFLOW_", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "VECLIB_", "CUDA_", "REPRO_SWEEP_", "HYDRA_",
+)  # fmt: skip
 
 
 def environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
@@ -51,7 +54,7 @@ def run(
     )
 
 
-def eventually(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
+def eventually(condition: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -182,7 +185,7 @@ class Running:
         """Wait for its end; returns the exit status."""
         return self.process.wait(timeout)
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

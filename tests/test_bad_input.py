@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TypeGuard
 
 import pytest
-
 from helpers import CONSOLE_SCRIPT, Project, environment, run
 
 MakeProject = Callable[..., Project]
@@ -51,7 +50,9 @@ FILES = {
 def sweep_file(**options: str) -> dict[str, str]:
     """A sweep file ``conf/sweep/mine.yaml`` with these options."""
     options = {"task": "tasks.train", "metric": "score", "params": "{x: '1,2'}"} | options
-    return {"conf/sweep/mine.yaml": HEAD + "".join(f"{key}: {value}\n" for key, value in options.items() if value)}
+    return {
+        "conf/sweep/mine.yaml": HEAD + "".join(f"{key}: {value}\n" for key, value in options.items() if value)
+    }
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ CASES = {
     # --- the configs of the trials
     "missing value": Bad((GOOD, "must='???'"), ("must",)),
     "missing value of a choice": Bad(
-        (MINE,), ("optimizer.lr",), sweep_file(params="{optimizer: 'sgd,bare'}") | {"conf/optimizer/bare.yaml": "lr: ???"}
+        (MINE,), ("optimizer.lr",),
+        sweep_file(params="{optimizer: 'sgd,bare'}") | {"conf/optimizer/bare.yaml": "lr: ???"},
     ),
     "interpolation": Bad((GOOD, "sum=${nowhere}"), ("nowhere", "sum")),
     "interpolation of an option": Bad((GOOD, "sweep.name=${nowhere}"), ("nowhere",)),
@@ -121,7 +123,9 @@ CASES = {
     "excluded space": Bad((MINE,), ("exclude",), sweep_file(exclude="[{x: '1,2'}]")),
     "empty list of values": Bad((GOOD, "x=range(3,3)"), ("range(3,3)",)),
     "continuous interval": Bad((GOOD, "x=interval(0,1)"), ("x", "interval", "grid")),
-    "continuous interval in params": Bad((MINE,), ("x", "interval", "grid"), sweep_file(params="{x: 'interval(0, 1)'}")),
+    "continuous interval in params": Bad(
+        (MINE,), ("x", "interval", "grid"), sweep_file(params="{x: 'interval(0, 1)'}")
+    ),
     "zip of different lengths": Bad((MINE,), ("zip",), sweep_file(params="{x: '1,2', y: '1,2,3'}", zip="[[x, y]]")),
     # --- places
     "sweep's directory": Bad((GOOD,), ("multirun", "not a writable directory"), {"multirun": "a file"}),
@@ -215,15 +219,30 @@ def test_a_mistake_gets_exit_status_2_and_one_clear_line_before_anything_is_writ
     check(CASES[case], outcomes[case])
 
 
-@pytest.mark.parametrize("command", ["rank", "plan"])
-def test_a_mistake_in_a_command_s_arguments_gets_exit_status_2_and_one_line(
-    command: str, make_bare_project: MakeProject
+def test_a_mistake_in_a_plan_gets_exit_status_2_and_one_clear_line(make_bare_project: MakeProject) -> None:
+    """The other commands tell them in the same way."""
+    bad = Bad(("plan", "+sweep=nosuch"), ("sweep/nosuch", "good"))
+    check(bad, outcome(bad, make_bare_project(FILES)))
+
+
+def test_a_ranking_without_a_store_gets_exit_status_2_and_one_clear_line(
+    make_bare_project: MakeProject,
 ) -> None:
-    """The other commands know nothing of such a sweep either."""
-    argument = {"rank": "nosuch", "plan": "+sweep=nosuch"}[command]
-    project = make_bare_project(FILES)
-    bad = Bad((command, argument), ("nosuch",))
-    check(bad, outcome(bad, project))
+    """It makes no store either."""
+    bad = Bad(("rank", "mine"), ("MLFLOW_TRACKING_URI", "mlflow.db"))
+    check(bad, outcome(bad, make_bare_project(FILES)))
+
+
+def test_a_ranking_of_an_unknown_sweep_gets_exit_status_2_and_one_clear_line(
+    make_project: MakeProject,
+) -> None:
+    """With the name that was not found."""
+    result = make_project(FILES).run("rank", "nosuch")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    [line] = result.stderr.splitlines()
+    assert line.startswith("repro-sweep: ")
+    assert "nosuch" in line
 
 
 def test_without_a_mistake_the_same_project_has_a_plan(make_bare_project: MakeProject) -> None:
@@ -252,19 +271,22 @@ APP = """
     if __name__ == "__main__":
         {main}()
 """
+DECORATE = "decorate = hydra.main(version_base='1.3', config_path='conf', config_name='config')"
 IN_APP = {
     "key": Bad(("nokey=1,2",), ("nokey",), lines=2),
     "interval": Bad(("x=interval(0,1)",), ("x", "interval", "grid")),
     "missing value": Bad(("x=1,2", "must='???'"), ("must",)),
     "nested task": Bad(
         ("x=1,2",), ("top level",),
-        {"app.py": APP.format(before="def outer():\n        return train\n", main="""hydra.main(version_base="1.3", config_path="conf", config_name="config")(lambda cfg: 1.0)""")},
+        {"app.py": APP.format(before=DECORATE, main="decorate(lambda cfg: 1.0)")},
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", IN_APP.values(), ids=IN_APP.keys())
-def test_a_mistake_in_an_application_s_sweep_gets_the_same_one_line(bad: Bad, make_bare_project: MakeProject) -> None:
+def test_a_mistake_in_an_application_s_sweep_gets_the_same_one_line(
+    bad: Bad, make_bare_project: MakeProject
+) -> None:
     """Also without the ``repro-sweep`` command."""
     project = make_bare_project(FILES | {"app.py": APP.format(before="", main="train")} | bad.files)
     bad = replace(bad, arguments=("app.py", "--multirun", "hydra/sweeper=repro_sweep", *bad.arguments))

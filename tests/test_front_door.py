@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-
 from helpers import Project, Sweep
+
 from repro_sweep.states import FailureKind, TrialState
 
 MakeProject = Callable[..., Project]
@@ -348,7 +348,13 @@ APP = {
 @pytest.fixture(scope="module")
 def application(make_shared_project: MakeProject) -> SimpleNamespace:
     """The same application with the same command, under plain Hydra and under repro-sweep."""
-    arguments = ("--multirun", "x=1,2", "color=BLUE", "hydra.sweep.dir=out", "hydra.sweep.subdir=job_${hydra.job.num}")
+    arguments = (
+        "--multirun",
+        "x=1,2",
+        "color=BLUE",
+        "hydra.sweep.dir=out",
+        "hydra.sweep.subdir=job_${hydra.job.num}",
+    )
     plain = make_shared_project(APP, name="plain")
     ours = make_shared_project(APP, name="ours")
     return SimpleNamespace(
@@ -393,9 +399,13 @@ def test_an_application_s_task_sees_hydra_s_world_as_it_was(application: SimpleN
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "overrides.yaml"])
-def test_an_application_s_hydra_files_equal_those_of_plain_hydra(application: SimpleNamespace, name: str) -> None:
+def test_an_application_s_hydra_files_equal_those_of_plain_hydra(
+    application: SimpleNamespace, name: str
+) -> None:
     """Byte for byte."""
-    assert _of_each_job(application.ours, f".hydra/{name}") == _of_each_job(application.plain, f".hydra/{name}")
+    assert _of_each_job(application.ours, f".hydra/{name}") == _of_each_job(
+        application.plain, f".hydra/{name}"
+    )
 
 
 def test_an_application_s_hydra_yaml_differs_from_plain_hydra_s_only_in_the_sweeper(
@@ -420,7 +430,9 @@ def test_an_application_s_hydra_yaml_differs_from_plain_hydra_s_only_in_the_swee
 def _forget_the_sweeper(hydra: dict[str, Any]) -> None:
     hydra["sweeper"] = None
     del hydra["runtime"]["choices"]["hydra/sweeper"]
-    hydra["overrides"]["hydra"] = [each for each in hydra["overrides"]["hydra"] if "hydra/sweeper" not in each]
+    hydra["overrides"]["hydra"] = [
+        each for each in hydra["overrides"]["hydra"] if "hydra/sweeper" not in each
+    ]
 
 
 def test_an_application_s_logging_goes_to_the_job_s_log_file(application: SimpleNamespace) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 from helpers import Project, Running, eventually
+
 from repro_sweep.states import FailureKind, TrialState
 
 MakeProject = Callable[..., Project]
@@ -28,7 +28,7 @@ FILES = {
         def train(cfg):
             Path("started").mkdir(exist_ok=True)
             Path("started", f"{cfg.x}-{os.getpid()}").write_text("")
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + 250
             while not (Path("open").exists() or Path(f"open-{cfg.x}").exists()):
                 if time.monotonic() > deadline:
                     raise TimeoutError("nobody has opened the gate")
@@ -72,7 +72,11 @@ def interrupted(make_shared_project: MakeProject) -> SimpleNamespace:
 
     def note(name: str, code: int, said: str) -> None:
         story.__dict__[name] = SimpleNamespace(
-            code=code, said=said, sweep=project.sweep("default"), started=started(project), left=project.processes()
+            code=code,
+            said=said,
+            sweep=project.sweep("default"),
+            started=started(project),
+            left=project.processes(),
         )
 
     with project.start(*SIX) as command:
@@ -95,7 +99,9 @@ def interrupted(make_shared_project: MakeProject) -> SimpleNamespace:
     return story
 
 
-def test_after_the_first_ctrl_c_running_trials_finish_and_nothing_new_starts(interrupted: SimpleNamespace) -> None:
+def test_after_the_first_ctrl_c_running_trials_finish_and_nothing_new_starts(
+    interrupted: SimpleNamespace,
+) -> None:
     """The exit status is that of an interrupted command."""
     once = interrupted.once
     assert interrupted.while_draining == {TrialState.RUNNING: 2, TrialState.WAITING: 4}

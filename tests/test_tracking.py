@@ -20,17 +20,7 @@ from urllib.parse import unquote
 
 import pytest
 from omegaconf import OmegaConf
-
-from repro_sweep.errors import TrackingError
-from repro_sweep.states import FailureKind, TrialState
-from repro_sweep.tracking import encoding
-from repro_sweep.tracking import mlflow as projection
-from repro_sweep.tracking.encoding import Curve, Point, params_of, safe_key
-from repro_sweep.tracking.mlflow import MlflowTracker, check_writable, resolve_uri
-from repro_sweep.tracking.process import TrackerProcess
-from repro_sweep.tracking.sent import SentLog
-from repro_sweep.tracking.store import artifact_name, batches, prepare_environment
-from tests.tracking_helpers import (
+from tracking_helpers import (
     CONFIG,
     START,
     Proxy,
@@ -38,18 +28,27 @@ from tests.tracking_helpers import (
     assert_equal_to_ledger,
     drain,
     end,
-    free_port,
-    make_empty_store,
     make_ledger,
-    mlflow_server,
     points_in,
     points_of_ledger,
     proxy_before,
     report,
     run_trial,
     runs_of,
+    shared_server,
     start,
 )
+
+from repro_sweep.errors import TrackingError
+from repro_sweep.ranking import trials
+from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.tracking import encoding
+from repro_sweep.tracking import mlflow as projection
+from repro_sweep.tracking.encoding import Curve, Point, params_of, safe_key
+from repro_sweep.tracking.mlflow import MlflowTracker, check_writable, resolve_uri
+from repro_sweep.tracking.process import TrackerProcess
+from repro_sweep.tracking.sent import SentLog
+from repro_sweep.tracking.store import Store, artifact_name, batches, prepare_environment
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"  # MLflow's own use of SQLAlchemy
@@ -76,12 +75,6 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An embedded store with its tables, which take MLflow more than a second to make."""
-    return make_empty_store(tmp_path_factory.mktemp("store"))
-
-
 @pytest.fixture
 def uri(tmp_path: Path, empty_store: Path) -> str:
     """An embedded store of one test's own."""
@@ -95,11 +88,10 @@ def sweep(tmp_path: Path) -> Path:
     return tmp_path / "multirun" / "grid"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture
+def server(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A real MLflow server."""
-    with mlflow_server(tmp_path_factory.mktemp("server"), free_port()) as address:
-        yield address
+    return shared_server(pytestconfig, tmp_path_factory)
 
 
 @pytest.fixture
@@ -548,6 +540,9 @@ def test_a_deleted_experiment_is_one_clear_line_and_the_tracker_gives_up(sweep: 
         assert time.monotonic() < deadline, tracker.progress
         time.sleep(tracker.sync() / 10)
     assert tracker.progress.left == 2
+    while not tracker.progress.done:
+        assert time.monotonic() < deadline, tracker.progress
+        time.sleep(tracker.sync() / 10)
     tracker.close()
 
 
@@ -654,7 +649,7 @@ def test_lost_replies_and_failing_requests_make_no_duplicates_and_no_gaps(
         run_trial(ledger, number, {"accuracy": 0.5}, steps=10)
     drain(sweep)
     proxy.spoil = lambda _method, _path: None
-    only = [run for run in runs_of(server) if run.data.tags["repro_sweep.sweep_id"] == ledger.spec.sweep_id]
+    only = runs_of(server, sweep_id=ledger.spec.sweep_id)
     assert [int(run.data.tags["repro_sweep.trial"]) for run in only] == list(range(20))
     for number, run in enumerate(only):
         points = points_in(server, run)
@@ -662,6 +657,40 @@ def test_lost_replies_and_failing_requests_make_no_duplicates_and_no_gaps(
         assert set(points) == points_of_ledger(ledger, number)
         assert run.info.status == "FINISHED"
         assert run.data.params == params_of(CONFIG)
+
+
+@pytest.mark.slow
+def test_a_request_that_is_done_long_after_it_was_given_up_leaves_no_second_run(
+    sweep: Path, proxy: Proxy, server: str
+) -> None:
+    spoilt: list[str] = []
+
+    def spoil(_method: str, path: str) -> str | None:
+        if path.endswith("/runs/create") and len(spoilt) < 3:
+            spoilt.append(path)
+            return "late"
+        return None
+
+    proxy.spoil = spoil
+    ledger = make_ledger(sweep, proxy.uri, experiment="late requests")
+    for number in range(4):
+        add_trial(ledger, number)
+    for number in range(2):
+        run_trial(ledger, number, {"accuracy": 0.5})
+    drain(sweep)
+    deadline = time.monotonic() + 30
+    while proxy.late < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    seen = {trial.run_id for trial in trials("grid", uri=server)}
+    for number in (2, 3):
+        run_trial(ledger, number, {"accuracy": 0.5})
+    drain(sweep)
+    runs = runs_of(server, sweep_id=ledger.spec.sweep_id)
+    assert [int(run.data.tags["repro_sweep.trial"]) for run in runs] == list(range(4))
+    assert {run.info.run_id for run in runs} == seen
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4
+    assert len(runs_of(server, sweep_id=ledger.spec.sweep_id, sweep=True)) == 1
 
 
 @pytest.mark.slow
@@ -701,11 +730,7 @@ def test_a_server_that_comes_late_gets_everything(
             run_trial(ledger, 4, {"accuracy": 0.5})
             assert await tracker.finish(60) == 0
             assert tracker.progress.done
-            runs = [
-                run
-                for run in runs_of(server)
-                if run.data.tags["repro_sweep.sweep_id"] == ledger.spec.sweep_id
-            ]
+            runs = runs_of(server, sweep_id=ledger.spec.sweep_id)
             assert [run.info.status for run in runs] == ["FINISHED"] * 5
             assert (runs[0].info.run_id, runs[4].info.run_id) == (ref.run_id, other.run_id)
 
@@ -771,6 +796,42 @@ def test_artifacts_travel_to_a_server_and_back_whatever_their_names(sweep: Path,
     assert trial.params == {"layers": list(range(3000))}
     with pytest.raises(TrackingError, match=r"trial 0 has no artifact 'nothing': it has .*plain\.txt"):
         trial.artifact("nothing")
+
+
+def test_what_a_run_has_is_told_from_what_it_lacks(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    start(ledger, 0)
+    drain(sweep)
+    store = Store(uri)
+    run_id = runs_of(uri)[0].info.run_id
+    values = [1.0, -0.1, math.nan, math.inf, -math.inf]
+    points = [Point(key, value, 1000 + step, step) for key in "ab" for step, value in enumerate(values)]
+    store.log(run_id, points=points[::2])
+    assert store.missing(run_id, points) == points[1::2]
+
+
+def test_nothing_is_left_in_the_folder_a_tracker_runs_in(
+    sweep: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    run_trial(ledger, 0, {"accuracy": 0.5})
+    drain(sweep)
+    command = [sys.executable, "-m", "repro_sweep.tracking.process", str(sweep)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write('{"do": "finish"}\n')
+        process.stdin.flush()
+        assert json.loads(process.stdout.readlines()[-1]) == {"left": 0, "error": None}
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_pauses_grow_to_a_bound() -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-
 from helpers import Project, Sweep
+
 from repro_sweep.ledger import Attempt, Ledger
 from repro_sweep.states import FailureKind, TrialState
 
@@ -19,7 +19,7 @@ MakeProject = Callable[..., Project]
 
 HEAD = "defaults: [base_sweep, sampler: grid, executor: local, _self_]\n"
 
-ZOO = '''
+ZOO = """
 import ctypes
 import json
 import os
@@ -59,7 +59,7 @@ def together():  # four at the same time, or none of them ends well
     mine = Path("together", str(os.getpid()))
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while len(list(mine.parent.iterdir())) < 4:
         if time.monotonic() > deadline:
             raise TimeoutError("alone")
@@ -160,7 +160,7 @@ def out_of_memory():
 
 
 def scalars():
-    return {"score": np.float32(0.5), "count": np.int64(7), "flag": True, "note": "text is left out", "array": np.array([3.0])}
+    return {"score": np.float32(0.5), "count": np.int64(7), "flag": True, "note": "no number", "array": np.array([3.0])}
 
 
 def reports():
@@ -247,7 +247,7 @@ def folders():
 
 def stdin():
     return float(len(sys.stdin.read()))
-'''
+"""
 FATES = {
     "exception": (FailureKind.EXCEPTION, "ValueError: first line"),
     "unpicklable": (FailureKind.EXCEPTION, "Unpicklable: cannot be pickled"),
@@ -264,7 +264,10 @@ FATES = {
     "not_a_number": (FailureKind.INVALID_METRIC, "metric 'score' is NaN"),
     "text": (FailureKind.INVALID_METRIC, "returned metric 'score' must be a number, got str"),
     "text_in_dict": (FailureKind.INVALID_METRIC, "returned metric 'score' must be a number, got str"),
-    "none_of_a_number": (FailureKind.INVALID_METRIC, "returned metric 'score' must be a number, got ndarray: .*"),
+    "none_of_a_number": (
+        FailureKind.INVALID_METRIC,
+        "returned metric 'score' must be a number, got ndarray: .*",
+    ),
     "out_of_memory": (FailureKind.OUT_OF_MEMORY, "MemoryError: not enough"),
     "bad_report": (FailureKind.EXCEPTION, "TypeError: report: step must be a whole number, got 'one'"),
     "dies_with_children": (FailureKind.CRASH, "killed by SIGSEGV"),
@@ -282,7 +285,8 @@ def zoo(make_shared_project: MakeProject) -> SimpleNamespace:
     everything = [*LUCKY[:5], *FATES, *LUCKY[5:]]
     sweep = {
         "conf/config.yaml": "do: good",
-        "conf/sweep/zoo.yaml": HEAD + f"task: zoo.train\nmetric: score\nparams: {{do: '{','.join(everything)}'}}\n",
+        "conf/sweep/zoo.yaml": HEAD
+        + f"task: zoo.train\nmetric: score\nparams: {{do: '{','.join(everything)}'}}\n",
         "zoo.py": ZOO,
     }
     project = make_shared_project(sweep)
@@ -294,7 +298,13 @@ def zoo(make_shared_project: MakeProject) -> SimpleNamespace:
     ledger = project.sweep("zoo")
     facts = {path.name: json.loads(path.read_text()) for path in (project.root / "facts").iterdir()}
     return SimpleNamespace(
-        project=project, result=result, left=left, sweep=ledger, by=ledger.by("do"), facts=facts, all=everything
+        project=project,
+        result=result,
+        left=left,
+        sweep=ledger,
+        by=ledger.by("do"),
+        facts=facts,
+        all=everything,
     )
 
 
@@ -310,7 +320,9 @@ def log_of(zoo: SimpleNamespace, name: str) -> bytes:
     return (sweep.folder(zoo.by[name]) / "trial.log").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "kind", "message"), [(name, *fate) for name, fate in FATES.items()], ids=list(FATES))
+@pytest.mark.parametrize(
+    ("name", "kind", "message"), [(name, *fate) for name, fate in FATES.items()], ids=list(FATES)
+)
 def test_a_trial_that_goes_wrong_is_a_recorded_failure_of_its_kind_with_one_line(
     zoo: SimpleNamespace, name: str, kind: FailureKind, message: str
 ) -> None:
@@ -323,7 +335,9 @@ def test_a_trial_that_goes_wrong_is_a_recorded_failure_of_its_kind_with_one_line
 
 
 @pytest.mark.parametrize("name", LUCKY)
-def test_a_trial_that_returns_its_metric_is_complete_whatever_else_it_does(zoo: SimpleNamespace, name: str) -> None:
+def test_a_trial_that_returns_its_metric_is_complete_whatever_else_it_does(
+    zoo: SimpleNamespace, name: str
+) -> None:
     """Whatever goes wrong beside it."""
     assert zoo.by[name].state is TrialState.COMPLETE, attempt_of(zoo, name)
 
@@ -336,11 +350,16 @@ def test_failing_trials_never_stop_the_others(zoo: SimpleNamespace) -> None:
     assert len({attempt.worker for attempt in zoo.sweep.attempts}) == 1
 
 
-def test_the_summary_names_every_failure(zoo: SimpleNamespace) -> None:
-    """Trial, kind, one line, path of the log."""
-    for name, (kind, _) in FATES.items():
-        assert f"trials/{zoo.by[name].number}/trial.log" in zoo.result.stdout, name
-        assert kind in zoo.result.stdout
+def test_the_summary_shows_failures_with_kind_line_and_log(zoo: SimpleNamespace) -> None:
+    """The first ten; how many more there are."""
+    assert f"{len(FATES)} failed:" in zoo.result.stdout
+    assert f"{len(FATES) - 10} more" in zoo.result.stdout
+    shown = re.findall(r"^ +trial (\d+) +(\w+) +(.+?) +(/\S+/trial\.log)$", zoo.result.stdout, re.MULTILINE)
+    assert len(shown) == 10
+    for number, kind, message, log in shown:
+        [attempt] = [attempt for attempt in zoo.sweep.attempts if attempt.trial == int(number)]
+        assert (kind, message) == (attempt.kind, attempt.message)
+        assert log == str(zoo.sweep.directory / f"trials/{number}/trial.log")
 
 
 def test_a_failed_trial_s_log_holds_the_traceback(zoo: SimpleNamespace) -> None:
@@ -396,7 +415,9 @@ def test_reports_are_recorded_with_their_steps_and_times(zoo: SimpleNamespace) -
     assert sorted(report.step for report in threads) == list(range(20))
 
 
-def test_the_returned_metrics_are_final_and_the_last_reported_ones_complete_them(zoo: SimpleNamespace) -> None:
+def test_the_returned_metrics_are_final_and_the_last_reported_ones_complete_them(
+    zoo: SimpleNamespace,
+) -> None:
     """Numpy's numbers count as numbers; a note that is no number is left out."""
     metrics = attempt_of(zoo, "reports").metrics
     assert metrics["score"] == 0.75
@@ -451,20 +472,24 @@ def test_artifacts_and_checkpoints_lie_in_the_trial_s_folder(zoo: SimpleNamespac
 
 # --- a task whose import makes forking unsafe ----------------------------------------------------------------
 
+THREADED = """
+import threading
+threading.Thread(target=threading.Event().wait, daemon=True, name="pest").start()
+"""
+
 
 @pytest.fixture(scope="module")
 def threaded(make_shared_project: MakeProject) -> SimpleNamespace:
     """Three trials of a module that starts a thread at its import, on whole GPUs, with two CPUs each."""
     project = make_shared_project(
         {
-            "conf/config.yaml": "do: a",
-            "threaded.py": "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True, name='pest').start()\n"
-            + ZOO.replace('globals()[cfg.do.rstrip("0123456789")]()', "{'a': good, 'b': sigkill, 'c': leaves_a_child}[cfg.do]()"),
+            "conf/config.yaml": "do: good",
+            "threaded.py": THREADED + ZOO,
         },
         name="threaded",
     )  # fmt: skip
     result = project.run(
-        "+sweep=default", "sweep.task=threaded.train", "sweep.metric=score", "do=a,b,c",
+        "+sweep=default", "sweep.task=threaded.train", "sweep.metric=score", "do=good,sigkill,leaves_a_child",
         "sweep.resources.cpus_per_trial=2", "sweep.executor.slots=2",
         env={"CUDA_VISIBLE_DEVICES": "GPU-one,GPU-two,GPU-three", "MKL_NUM_THREADS": "7"},
     )  # fmt: skip
@@ -477,12 +502,12 @@ def test_a_task_that_starts_threads_at_import_is_not_forked_but_runs(threaded: S
     """Each trial in a new process; a crash is still only its own."""
     by = threaded.sweep.by("do")
     assert {name: trial.state for name, trial in by.items()} == {
-        "a": TrialState.COMPLETE,
-        "b": TrialState.FAIL,
-        "c": TrialState.COMPLETE,
+        "good": TrialState.COMPLETE,
+        "sigkill": TrialState.FAIL,
+        "leaves_a_child": TrialState.COMPLETE,
     }
-    assert threaded.sweep.last_attempt(by["b"]).message == "killed by SIGKILL"
-    assert threaded.sweep.last_attempt(by["a"]).metrics == {"score": 1.5}
+    assert threaded.sweep.last_attempt(by["sigkill"]).message == "killed by SIGKILL"
+    assert threaded.sweep.last_attempt(by["good"]).metrics == {"score": 1.5}
     assert threaded.left == {}
 
 
@@ -499,7 +524,9 @@ def test_a_trial_gets_one_whole_gpu_where_the_machine_has_some(threaded: SimpleN
     assert devices
 
 
-def test_thread_counts_follow_the_trial_s_cpus_unless_the_user_has_set_them(threaded: SimpleNamespace) -> None:
+def test_thread_counts_follow_the_trial_s_cpus_unless_the_user_has_set_them(
+    threaded: SimpleNamespace,
+) -> None:
     """``sweep.resources.cpus_per_trial`` was 2, MKL_NUM_THREADS was 7."""
     assert {facts["OMP_NUM_THREADS"] for facts in threaded.facts.values()} == {"2"}
     assert {facts["MKL_NUM_THREADS"] for facts in threaded.facts.values()} == {"7"}

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from repro_sweep.ledger import Attempt, Ledger, NewTrial, Outcome
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
@@ -159,18 +161,6 @@ def run_trial(ledger: Ledger, number: int, metrics: Mapping[str, float], *, step
     end(ledger, number, attempt, metrics)
 
 
-def make_empty_store(folder: Path) -> Path:
-    """The file of an embedded store with its tables and no runs."""
-    from repro_sweep.tracking.store import Gone, Store
-
-    path = folder / "mlflow.db"
-    store = Store(f"sqlite:///{path}")
-    with contextlib.suppress(Gone):
-        store.params("no-such-run")
-    assert path.is_file()
-    return path
-
-
 def drain(directory: Path, *, timeout_s: float = 60.0) -> None:
     """Upload everything, in this process."""
     woken = threading.Event()
@@ -186,14 +176,17 @@ def drain(directory: Path, *, timeout_s: float = 60.0) -> None:
         tracker.close()
 
 
-def runs_of(uri: str, *, sweep: bool = False) -> list[Any]:
-    """All runs of sweeps, or of trials, in a store, by trial number."""
+def runs_of(uri: str, *, sweep: bool = False, sweep_id: str | None = None) -> list[Any]:
+    """All runs of sweeps, or of trials, in a store or of one sweep, by trial number."""
     import mlflow
 
     client = mlflow.MlflowClient(uri)
     experiments = [each.experiment_id for each in client.search_experiments()]
     kind = "sweep" if sweep else "trial"
-    found = client.search_runs(experiments, f"tags.`repro_sweep.kind` = '{kind}'", max_results=5000)
+    condition = f"tags.`repro_sweep.kind` = '{kind}'"
+    if sweep_id is not None:
+        condition += f" and tags.`repro_sweep.sweep_id` = '{sweep_id}'"
+    found = client.search_runs(experiments, condition, max_results=5000)
     return sorted(found, key=lambda run: int(run.data.tags.get("repro_sweep.trial", 0)))
 
 
@@ -238,6 +231,20 @@ def assert_equal_to_ledger(ledger: Ledger, uri: str) -> None:
         assert set(points) == points_of_ledger(ledger, number)
         assert run.data.tags["repro_sweep.state"] == ledger.trial(number).state
         assert run.info.status == "FINISHED"
+
+
+_SERVER = pytest.StashKey[str]()
+
+
+def shared_server(config: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URI of a real MLflow server that is started once and stopped after the last test of all modules."""
+    if _SERVER not in config.stash:
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        config.stash[_SERVER] = stack.enter_context(
+            mlflow_server(tmp_path_factory.mktemp("server"), free_port())
+        )
+    return config.stash[_SERVER]
 
 
 def free_port() -> int:
@@ -298,12 +305,14 @@ class Proxy:
     """Stands before a server and may spoil its replies.
 
     ``spoil`` is given the method and the path of each request and returns None (all well), a status to answer with
-    without asking the server, or ``"drop"``: the server does what it was asked, and its reply is lost.
+    without asking the server, ``"drop"``: the server does what it was asked, and its reply is lost, or ``"late"``: the
+    reply is an error, and yet the server will do what it was asked a second later.
     """
 
     port: int
     spoil: Callable[[str, str], int | str | None] = lambda _method, _path: None
     seen: list[tuple[str, str]] = field(default_factory=list)
+    late: int = 0
     uri: str = ""
 
 
@@ -323,16 +332,21 @@ def proxy_before(server: str) -> Iterator[Proxy]:
             if isinstance(verdict, int):
                 self._reply(verdict, {}, b"{}")
                 return
+            if verdict == "late":
+                self._reply(503, {}, b"{}")
+                time.sleep(1.0)
             headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}
             with contextlib.closing(http.client.HTTPConnection(target, timeout=30)) as connection:
                 connection.request(self.command, self.path, body, headers | {"Host": target})
                 with connection.getresponse() as response:
                     content = response.read()
-            if verdict == "drop":
+            if verdict == "late":
+                proxy.late += 1
+            elif verdict == "drop":
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
-                return
-            self._reply(response.status, dict(response.getheaders()), content)
+            else:
+                self._reply(response.status, dict(response.getheaders()), content)
 
         def _reply(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
             self.send_response(status)

@@ -1,0 +1,324 @@
+"""Ranking: what a sweep has found, read back from MLflow alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from tracking_helpers import (
+    CONFIG,
+    START,
+    add_trial,
+    drain,
+    end,
+    make_ledger,
+    run_trial,
+    runs_of,
+    start,
+)
+
+from repro_sweep.errors import TrackingError
+from repro_sweep.leaderboard import Entry, Row, columns, rank_points, usual_direction
+from repro_sweep.ledger import Ledger
+from repro_sweep.ranking import best_trial, leaderboard, rank, trials
+from repro_sweep.states import Direction, FailureKind, TrialState
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"  # MLflow's own use of SQLAlchemy
+)
+
+MAXIMIZE, MINIMIZE = Direction.MAXIMIZE, Direction.MINIMIZE
+
+
+# --- the order of rows -----------------------------------------------------------------------------------------
+
+
+def entry(number: int, point: str, value: float | None, state: TrialState = TrialState.COMPLETE) -> Entry:
+    """A trial of a point that a letter stands for."""
+    return Entry(number=number, params={"point": point}, state=state, value=value)
+
+
+def order(rows: list[Row]) -> str:
+    """The points' letters, best first."""
+    return "".join(str(row.params["point"]) for row in rows)
+
+
+def test_points_are_ranked_by_their_mean_over_repeats() -> None:
+    entries = [
+        entry(0, "a", 1.0),
+        entry(1, "a", 2.0),
+        entry(2, "b", 1.8),
+        entry(3, "b", 1.6),
+        entry(4, "c", 1.9),
+    ]
+    rows = rank_points(entries, MAXIMIZE)
+    assert order(rows) == "cba"
+    assert [row.rank for row in rows] == [1, 2, 3]
+    assert [row.n for row in rows] == [1, 2, 2]
+    assert rows[1].mean == pytest.approx(1.7)
+    assert rows[1].std == pytest.approx(float(np.std([1.8, 1.6], ddof=1)))
+    assert rows[0].std is None
+    assert rows[2].trials == (0, 1)
+    assert order(rank_points(entries, MINIMIZE)) == "abc"
+
+
+def test_the_best_trial_of_a_point_depends_on_the_direction_and_ties_go_to_the_first() -> None:
+    entries = [entry(0, "a", 2.0), entry(1, "a", 1.0), entry(2, "a", 2.0), entry(3, "a", 1.0)]
+    assert rank_points(entries, MAXIMIZE)[0].best == 0
+    assert rank_points(entries, MINIMIZE)[0].best == 1
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_failed_and_non_finite_points_are_always_last_and_have_no_rank(direction: Direction) -> None:
+    entries = [
+        entry(0, "f", None, TrialState.FAIL),
+        entry(1, "n", math.nan),
+        entry(2, "i", math.inf),
+        entry(3, "j", -math.inf),
+        entry(4, "x", 1.0),
+        entry(5, "m", 1.0),
+        entry(6, "m", math.nan),
+        entry(7, "p", 9.0, TrialState.PRUNED),
+        entry(8, "w", None, TrialState.WAITING),
+    ]
+    rows = rank_points(entries, direction)
+    assert order(rows) == "xnijm" + "fpw"
+    assert [row.rank for row in rows] == [1, *[None] * 7]
+    assert [row.best for row in rows[:6]] == [4, None, None, None, 5, None]
+
+
+def test_a_point_with_one_failed_repeat_is_ranked_by_the_others_and_says_so() -> None:
+    rows = rank_points(
+        [entry(0, "a", 1.0), entry(1, "a", None, TrialState.FAIL), entry(2, "b", 0.5)], MAXIMIZE
+    )
+    assert order(rows) == "ab"
+    assert (rows[0].n, rows[0].states[TrialState.FAIL], rows[0].states[TrialState.COMPLETE]) == (1, 1, 1)
+
+
+def test_ties_are_in_the_order_of_trial_numbers_however_they_arrive() -> None:
+    entries = [entry(number, letter, 1.0) for number, letter in enumerate("dacb")]
+    assert order(rank_points(entries, MAXIMIZE)) == order(rank_points(reversed(entries), MINIMIZE)) == "dacb"
+
+
+def test_means_of_huge_values_do_not_overflow() -> None:
+    (row,) = rank_points([entry(0, "a", 1.7e308), entry(1, "a", 1.7e308), entry(2, "a", 1.6e308)], MAXIMIZE)
+    assert row.mean == pytest.approx(1.7e308 / 3 + 1.7e308 / 3 + 1.6e308 / 3)
+    assert row.std is not None
+    assert math.isfinite(row.std)
+
+
+def test_equal_params_are_one_point_whatever_their_order() -> None:
+    first = Entry(number=0, params={"a": 1, "b": [1, 2]}, state=TrialState.COMPLETE, value=1.0)
+    second = dataclasses.replace(first, number=1, params={"b": [1, 2], "a": 1})
+    third = dataclasses.replace(first, number=2, params={"a": 1, "c": None})
+    rows = rank_points([third, second, first], MAXIMIZE)
+    assert [row.trials for row in rows] == [(0, 1), (2,)]
+    assert columns(rows) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        ("val_loss", MINIMIZE),
+        ("loss", MINIMIZE),
+        ("valLoss", MINIMIZE),
+        ("test/RMSE", MINIMIZE),
+        ("fit_time", MINIMIZE),
+        ("accuracy", MAXIMIZE),
+        ("glossiness", MAXIMIZE),
+        ("maes_score", MAXIMIZE),
+    ],
+)
+def test_losses_errors_and_times_are_minimised_unless_told_otherwise(
+    metric: str, direction: Direction
+) -> None:
+    assert usual_direction(metric) is direction
+
+
+# --- read from MLflow -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> str:
+    """A store with a small sweep: two optimizers (one with a parameter of its own) over two seeds, and odd cases."""
+    folder = tmp_path_factory.mktemp("ranking")
+    uri = f"sqlite:///{shutil.copy(empty_store, folder)}"
+    old = make_ledger(folder / "old", uri, created_at=START - 10)
+    add_trial(old, 0)
+    run_trial(old, 0, {"accuracy": 1.0})
+    drain(folder / "old")
+    _fill(make_ledger(folder / "grid", uri))
+    drain(folder / "grid")
+    empty = make_ledger(folder / "empty", uri, name="empty")
+    add_trial(empty, 0)
+    drain(folder / "empty")
+    return uri
+
+
+def _fill(ledger: Ledger) -> None:
+    values = {("SGD", None): (0.80, 0.90), ("Adam", 0.9): (0.86, 0.88), ("Adam", 0.95): (math.nan, 0.99)}
+    number = 0
+    for (optimizer, beta), accuracies in values.items():
+        for seed, accuracy in enumerate(accuracies):
+            params = {"optimizer": optimizer} | ({} if beta is None else {"optimizer.beta1": beta})
+            add_trial(ledger, number, params, repeat={"seed": seed}, config=f"{CONFIG}seed: {seed}\n")
+            run_trial(ledger, number, {"accuracy": accuracy, "val_loss": 1 - accuracy, "acc@5": 0.5})
+            number += 1
+    add_trial(ledger, number, {"optimizer": "LBFGS"})
+    attempt = start(ledger, number)
+    end(ledger, number, attempt, state=TrialState.FAIL, kind=FailureKind.CRASH, message="signal 11")
+    add_trial(ledger, number + 1, {"optimizer": "none"})
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Another machine, so to speak; and reading leaves no traces there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    yield
+    assert list(tmp_path.iterdir()) in ([], [tmp_path / "mlflow.db"], [tmp_path / "other.db"])
+
+
+def test_trials_lists_every_trial_of_the_newest_sweep_whatever_its_state(store: str) -> None:
+    found = trials("grid", uri=store)
+    assert [trial.number for trial in found] == list(range(8))
+    assert [trial.state for trial in found] == [TrialState.COMPLETE] * 6 + [
+        TrialState.FAIL,
+        TrialState.WAITING,
+    ]
+    assert found[2].params == {"optimizer": "Adam", "optimizer.beta1": 0.9}
+    assert found[3].repeat == {"seed": 1}
+    assert found[3].overrides == ("optimizer=Adam", "optimizer.beta1=0.9", "seed=1")
+    assert found[3].metrics["accuracy"] == 0.88
+    assert found[3].metrics["acc@5"] == 0.5
+    assert math.isnan(found[4].metrics["accuracy"])
+    assert found[6].failure is not None
+    assert (found[6].failure.kind, found[6].failure.message) == (FailureKind.CRASH, "signal 11")
+    assert found[0].failure is None
+    assert found[0].identity == f"{0:064x}"
+    assert {trial.run_id for trial in found} <= {run.info.run_id for run in runs_of(store)}
+
+
+def test_the_config_and_the_artifacts_of_a_trial_need_no_more_than_mlflow(store: str) -> None:
+    trial = trials("grid", uri=store)[1]
+    assert trial.config == OmegaConf.create(f"{CONFIG}seed: 1\n")
+    assert trial.config.optimizer.betas == [0.9, 0.999]
+    assert trial.artifact("trial.log").read_text() == "log of trial 1\n"
+    assert trial.artifact("repro_sweep").is_dir()
+    with pytest.raises(
+        TrackingError, match=r"trial 1 has no artifact 'model\.pt': it has repro_sweep, trial\.log"
+    ):
+        trial.artifact("model.pt")
+
+
+def test_the_best_trial_is_the_best_one_of_the_point_with_the_best_mean(store: str) -> None:
+    best = best_trial("grid", uri=store)
+    assert (best.number, best.metrics["accuracy"]) == (3, 0.88)  # not 1 with its 0.90: its mean is worse
+    assert best_trial("grid", metric="accuracy", direction="minimize", uri=store).number == 0
+    assert best_trial("grid", metric="val_loss", uri=store).number == 3
+
+
+def test_the_leaderboard_has_a_row_for_each_point_with_mean_and_deviation(store: str) -> None:
+    frame = leaderboard("grid", uri=store)
+    assert list(frame.columns[:7]) == [
+        "rank",
+        "optimizer",
+        "optimizer.beta1",
+        "accuracy",
+        "accuracy_std",
+        "n",
+        "trials",
+    ]
+    assert list(frame.columns[7:]) == ["waiting", "running", "complete", "pruned", "fail"]
+    assert frame["optimizer"].to_list() == ["Adam", "SGD", "Adam", "LBFGS", "none"]
+    assert frame["rank"].isna().to_list() == [False, False, True, True, True]
+    assert frame["accuracy"].iloc[0] == pytest.approx(0.87)
+    assert frame["accuracy_std"].iloc[0] == pytest.approx(float(np.std([0.86, 0.88], ddof=1)))
+    assert frame["trials"].iloc[1] == (0, 1)
+    assert frame["n"].to_list() == [2, 2, 2, 0, 0]
+    assert frame["fail"].sum() == frame["waiting"].sum() == 1
+    assert math.isnan(frame["optimizer.beta1"].iloc[1])
+    assert len(leaderboard("grid", top=2, uri=store)) == 2
+    assert leaderboard("grid", metric="acc@5", uri=store)["acc@5"].iloc[0] == 0.5
+
+
+def test_the_ranking_is_to_be_had_without_pandas_and_says_its_direction(store: str) -> None:
+    ranking = rank("grid", metric="val_loss", top=1, uri=store)
+    assert (ranking.sweep, ranking.metric, ranking.direction) == ("grid", "val_loss", MINIMIZE)
+    assert ranking.params == ("optimizer", "optimizer.beta1")
+    assert [row.trials for row in ranking.rows] == [(2, 3)]
+
+
+def test_the_store_is_found_through_the_environment_or_in_this_folder(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrackingError, match="no MLflow store: MLFLOW_TRACKING_URI is not set"):
+        trials("grid")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert len(trials("grid")) == 8
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (tmp_path / "mlflow.db").symlink_to(store.removeprefix("sqlite:///"))
+    assert best_trial("grid").number == 3
+
+
+def test_mistakes_are_one_line_that_says_what_there_is(store: str) -> None:
+    with pytest.raises(TrackingError, match=r"no sweep named 'gird' at .*: did you mean grid\?$"):
+        trials("gird", uri=store)
+    with pytest.raises(TrackingError, match=r"no sweep named \"it's\""):
+        trials("it's", uri=store)
+    with pytest.raises(
+        TrackingError, match=r"no trial of sweep 'grid' has a metric 'acuracy'; did you mean accuracy"
+    ):
+        leaderboard("grid", metric="acuracy", uri=store)
+    with pytest.raises(TrackingError, match="'up' is neither 'maximize' nor 'minimize'"):
+        leaderboard("grid", direction="up", uri=store)
+    with pytest.raises(TrackingError, match=r"sweep 'empty' has no complete trial .* \(1 WAITING\)"):
+        best_trial("empty", uri=store)
+    assert leaderboard("empty", uri=store)["rank"].isna().all()
+
+
+def test_reading_never_creates_a_store(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match=r"there is no MLflow store$"):
+        trials("grid", uri="sqlite:///nothing.db")
+    (tmp_path / "other.db").touch()
+    with pytest.raises(TrackingError, match="but no MLflow store"):
+        trials("grid", uri="sqlite:///other.db")
+    assert (tmp_path / "other.db").stat().st_size == 0
+
+
+def test_reading_changes_nothing_in_the_store(store: str) -> None:
+    path = Path(store.removeprefix("sqlite:///"))
+    before = path.read_bytes()
+    best_trial("grid", uri=store)
+    leaderboard("grid", uri=store)
+    assert path.read_bytes() == before
+
+
+def test_a_server_that_is_down_is_one_line_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=r"^http://127\.0\.0\.1:9: .*[Cc]onnection") as caught:
+        trials("grid", uri="http://127.0.0.1:9")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_infinities_are_infinities_again(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> None:
+    folder = tmp_path_factory.mktemp("infinite")
+    uri = f"sqlite:///{shutil.copy(empty_store, folder)}"
+    ledger = make_ledger(folder / "sweep", uri, direction=MINIMIZE)
+    for number in range(2):
+        add_trial(ledger, number)
+        attempt = start(ledger, number)
+        ledger.add_reports(number, attempt, [(0, START, {"only_reported": -math.inf})])
+        end(ledger, number, attempt, {"accuracy": -math.inf if number else 3.0})
+    drain(folder / "sweep")
+    found = trials("grid", uri=uri)
+    assert found[0].metrics == {"accuracy": 3.0, "only_reported": -math.inf}
+    assert best_trial("grid", uri=uri).number == 0
+    assert rank("grid", uri=uri).rows[1].mean == -math.inf

@@ -1,0 +1,869 @@
+"""The parts on their own: slots, lease, ledger, group commit, meter, log, task, numbers, names, imports, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import environment
+
+import repro_sweep
+from repro_sweep import coordinator as coordinator_module
+from repro_sweep import errors, machine, protocol, task
+from repro_sweep.coordinator import Coordinator
+from repro_sweep.errors import LedgerError, SweepError, TaskError
+from repro_sweep.executors.base import Executor, WorkerState, WorkerStatus
+from repro_sweep.journal import Journal
+from repro_sweep.lease import Lease
+from repro_sweep.ledger import Attempt, Ledger, NewTrial, Outcome
+from repro_sweep.progress import Meter
+from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
+from repro_sweep.worker import trial
+from repro_sweep.worker.output import CappedLog
+
+# --- slots of a machine --------------------------------------------------------------------------------------
+
+
+def a_machine(cpus: int = 8, mem_gb: float = 32.0, gpus: str = "") -> machine.Machine:
+    """A machine."""
+    return machine.Machine(cpus=cpus, mem_gb=mem_gb, gpus=tuple(gpus))
+
+
+@pytest.mark.parametrize(
+    ("has", "resources", "wanted", "slots"),
+    [
+        (a_machine(), Resources(), None, [""] * 8),
+        (a_machine(), Resources(cpus=3), None, [""] * 2),
+        (a_machine(), Resources(cpus=0.5), None, [""] * 16),
+        (a_machine(cpus=1), Resources(cpus=0.1), None, [""] * 10),
+        (a_machine(), Resources(mem_gb=10), None, [""] * 3),
+        (a_machine(cpus=2), Resources(), 5, [""] * 5),
+        (a_machine(cpus=2), Resources(cpus=4, mem_gb=99), 1, [""]),
+        (a_machine(gpus="ab"), Resources(gpus=1), None, ["a", "b"]),
+        (a_machine(gpus="abcde"), Resources(gpus=2), None, ["ab", "cd"]),
+        (a_machine(gpus="ab"), Resources(gpus=0.5), None, ["a", "b", "a", "b"]),
+        (a_machine(gpus="ab"), Resources(gpus=0.5), 3, ["a", "b", "a"]),
+        (a_machine(gpus="a"), Resources(gpus=1 / 3), None, ["a"] * 3),
+        (a_machine(gpus="a"), Resources(gpus=0.1), None, ["a"] * 8),
+        (a_machine(cpus=1, gpus="ab"), Resources(gpus=1), None, ["a"]),
+        (a_machine(cpus=1, gpus="ab"), Resources(gpus=1), 2, ["a", "b"]),
+        (a_machine(gpus="ab"), Resources(), None, [""] * 8),
+    ],
+)
+def test_a_machine_has_as_many_slots_as_trials_fit_and_each_slot_its_gpus(
+    has: machine.Machine, resources: Resources, wanted: int | None, slots: list[str]
+) -> None:
+    """The number that the user wants overrules CPUs and memory, never the GPUs."""
+    assert machine.slots(has, resources, wanted) == tuple(tuple(gpus) for gpus in slots)
+
+
+@pytest.mark.parametrize(
+    ("has", "resources", "wanted", "says"),
+    [
+        (a_machine(), Resources(cpus=9), None, "cpus_per_trial: 9 asked for, this machine has 8"),
+        (a_machine(), Resources(mem_gb=33), None, "mem_gb_per_trial: 33 asked for, this machine has 32.0"),
+        (a_machine(), Resources(gpus=1), None, "gpus_per_trial: 1 asked for, this machine has 0"),
+        (a_machine(gpus="ab"), Resources(gpus=3), None, "gpus_per_trial: 3 asked for, this machine has 2"),
+        (a_machine(gpus="ab"), Resources(gpus=0.5), 5, "slots: 5 asked for, but 0.5 GPUs a trial allow 4"),
+        (a_machine(), Resources(), 0, "slots: must be at least 1, got 0"),
+    ],
+)
+def test_slots_that_a_machine_cannot_have_are_refused_with_what_it_has(
+    has: machine.Machine, resources: Resources, wanted: int | None, says: str
+) -> None:
+    """Before anything starts."""
+    with pytest.raises(SweepError, match=says):
+        machine.slots(has, resources, wanted)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [("0,1", ("0", "1")), (" 3 , GPU-ab", ("3", "GPU-ab")), ("", ()), ("-1", ()), ("0,", ("0",))],
+)
+def test_the_gpus_of_a_machine_are_those_that_cuda_visible_devices_leaves(
+    visible: str, gpus: tuple[str, ...]
+) -> None:
+    """With their names as they stand there."""
+    found = machine.inspect({"CUDA_VISIBLE_DEVICES": visible})
+    assert found.gpus == gpus
+    assert found.cpus >= 1
+    assert 0 < found.mem_gb < 100_000
+
+
+# --- the ledger ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> SweepSpec:
+    """A sweep's record."""
+    return SweepSpec(
+        sweep_id="id", name="unit", directory=str(tmp_path), task=TaskSpec(module="m", qualname="f", cwd="/"),
+        composition=Composition(
+            config_name="config", search_path=(), hydra_overrides=(), job_name="m", version_base="1.3"
+        ),
+        resources=Resources(), tracking=Tracking(uri="sqlite:////tmp/mlflow.db", experiment="unit"),
+        origin=Origin(user="u", host="h", command="c"), metric="score", direction=Direction.MAXIMIZE,
+        executor_name="local", executor={}, sampler="grid", max_failures=None, log_limit_mb=1.0, created_at=0.0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, spec: SweepSpec) -> Iterator[Ledger]:
+    """A ledger with three waiting trials."""
+    made = Ledger.create(tmp_path, spec)
+    made.add_trials(new_trial(number) for number in range(3))
+    made.commit()
+    yield made
+    made.close()
+
+
+def new_trial(number: int) -> NewTrial:
+    """A trial to record."""
+    return NewTrial(
+        number=number, identity=f"identity-{number}", directory=f"trials/{number}", overrides=(f"x={number}",),
+        params={"x": number}, repeat={"seed": 0}, config=f"x: {number}\n",
+    )  # fmt: skip
+
+
+def attempt(number: int, ident: str = "a") -> Attempt:
+    """A started attempt of a trial."""
+    return Attempt(
+        id=ident, trial=number, ordinal=0, worker="w", slot=0, host="h", state=TrialState.RUNNING, kind=None,
+        message=None, metrics={}, started_at=1.0, ended_at=None,
+    )  # fmt: skip
+
+
+def complete(**metrics: float) -> Outcome:
+    """A good end."""
+    return Outcome(state=TrialState.COMPLETE, metrics=metrics, ended_at=2.0)
+
+
+def test_a_ledger_gives_back_what_was_recorded(ledger: Ledger, spec: SweepSpec) -> None:
+    """Trials, attempts, reports with NaN and infinities, and the sweep itself."""
+    ledger.start_attempt(attempt(1))
+    ledger.add_reports(1, "a", [(0, 1.5, {"score": math.nan, "loss": math.inf}), (1, 1.6, {"score": 0.5})])
+    ledger.finish_attempt("a", 1, complete(score=0.5, loss=-math.inf))
+    ledger.commit()
+    assert ledger.spec == spec
+    assert [each.number for each in ledger.trials(states=[TrialState.WAITING])] == [0, 2]
+    found = ledger.trial(1)
+    assert (found.overrides, found.params, found.config) == (("x=1",), {"x": 1}, "x: 1\n")
+    assert (found.state, found.attempt) == (TrialState.COMPLETE, "a")
+    assert ledger.attempts(1)[0].metrics == {"score": 0.5, "loss": -math.inf}
+    first, second = ledger.reports(trial=1)
+    assert math.isnan(first.metrics["score"])
+    assert first.metrics["loss"] == math.inf
+    assert (second.step, second.time, second.seq) == (1, 1.6, first.seq + 1)
+    assert ledger.counts()[TrialState.COMPLETE] == 1
+    assert ledger.next_number() == 3
+    assert ledger.identities()["identity-1"] == (1, TrialState.COMPLETE)
+
+
+def test_what_is_not_committed_is_not_there(ledger: Ledger, tmp_path: Path) -> None:
+    """Rolled back, or lost with the process."""
+    ledger.start_attempt(attempt(0))
+    ledger.rollback()
+    assert ledger.trial(0).state is TrialState.WAITING
+    ledger.start_attempt(attempt(0, "b"))
+    reader = Ledger.open(tmp_path, readonly=True)
+    assert reader.attempts() == []
+    ledger.commit()
+    assert [each.id for each in reader.attempts()] == ["b"]
+    reader.close()
+
+
+def test_every_change_of_a_trial_gets_a_higher_number(ledger: Ledger, tmp_path: Path) -> None:
+    """So a reader that remembers the last one finds all that is new, also after the ledger was opened again."""
+    seen = max(each.change for each in ledger.trials())
+    ledger.start_attempt(attempt(0))
+    ledger.commit()
+    ledger.close()
+    again = Ledger.open(tmp_path)
+    again.finish_attempt("a", 0, complete(score=1.0))
+    again.set_states([2], TrialState.FAIL)
+    again.commit()
+    changed = list(again.trials(changed_after=seen))
+    again.close()
+    assert [each.number for each in changed] == [0, 2]
+    assert seen + 1 < changed[0].change < changed[1].change
+
+
+def test_attempts_left_open_are_lost_and_their_trials_wait_again(ledger: Ledger) -> None:
+    """What a coordinator does that takes over."""
+    ledger.start_attempt(attempt(0))
+    ledger.start_attempt(attempt(1, "b"))
+    ledger.finish_attempt("b", 1, complete(score=1.0))
+    ledger.close_open_attempts("its coordinator ended")
+    ledger.commit()
+    assert [(each.id, each.state, each.kind, each.message) for each in ledger.attempts(0)] == [
+        ("a", TrialState.FAIL, FailureKind.NODE_LOST, "its coordinator ended")
+    ]
+    assert [state for _, state in ledger.states()] == [
+        TrialState.WAITING,
+        TrialState.COMPLETE,
+        TrialState.WAITING,
+    ]
+
+
+def test_a_ledger_of_another_format_is_refused(ledger: Ledger, tmp_path: Path) -> None:
+    """Rather than misread."""
+    ledger.set_meta("format", "99")
+    ledger.commit()
+    ledger.close()
+    with pytest.raises(LedgerError, match="format 99, this version reads format 1"):
+        Ledger.open(tmp_path)
+
+
+def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
+    """With its path."""
+    with pytest.raises(LedgerError, match="no sweep here"):
+        Ledger.open(tmp_path)
+    (tmp_path / "ledger.db").write_bytes(b"something else altogether" * 100)
+    with pytest.raises(LedgerError, match=r"ledger\.db"):
+        Ledger.open(tmp_path)
+
+
+def test_a_reader_cannot_write_a_ledger(ledger: Ledger, tmp_path: Path) -> None:
+    """Only the coordinator does."""
+    reader = Ledger.open(tmp_path, readonly=True)
+    with pytest.raises(LedgerError, match="readonly"):
+        reader.set_meta("key", "value")
+    reader.close()
+
+
+def test_the_same_identity_is_never_recorded_twice(ledger: Ledger) -> None:
+    """The database itself sees to it."""
+    twin = NewTrial(
+        number=9, identity="identity-1", directory="d", overrides=(), params={}, repeat={}, config=""
+    )
+    with pytest.raises(LedgerError, match="identity"):
+        ledger.add_trials([twin])
+
+
+def test_a_committed_ledger_survives_the_kill_of_its_writer(tmp_path: Path, spec: SweepSpec) -> None:
+    """Committed is durable; what was not committed is gone."""
+    program = """
+import os, signal, sys
+from pathlib import Path
+from repro_sweep.ledger import Ledger
+ledger = Ledger.open(Path(sys.argv[1]))
+ledger.set_meta("kept", "yes")
+ledger.commit()
+ledger.set_meta("lost", "yes")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    Ledger.create(tmp_path, spec).close()
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, env=environment())
+    assert killed.returncode == -9
+    found = Ledger.open(tmp_path)
+    assert (found.meta("kept"), found.meta("lost")) == ("yes", None)
+    found.close()
+
+
+# --- the lease -----------------------------------------------------------------------------------------------
+
+
+def test_a_lease_is_held_by_one_at_a_time_and_the_refusal_names_the_holder(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    """Its process, its host, since when."""
+    lease = Lease.acquire(tmp_path, "unit")
+    with pytest.raises(SweepError, match="sweep 'unit' is already running: another process"):
+        Lease.acquire(tmp_path, "unit")
+    lease.announce(ledger, "/socket")
+    with pytest.raises(SweepError, match=r"already running: process \d+ on .+ since \d{4}-.* UTC"):
+        Lease.acquire(tmp_path, "unit")
+    lease.release()
+    Lease.acquire(tmp_path, "unit").release()
+
+
+def test_the_fencing_epoch_of_a_lease_only_grows(ledger: Ledger, tmp_path: Path) -> None:
+    """Recorded in the ledger before anybody hears of it."""
+    epochs = []
+    for _ in range(3):
+        lease = Lease.acquire(tmp_path, "unit")
+        epochs.append(lease.announce(ledger, "/socket"))
+        lease.release()
+    assert epochs == [1, 2, 3]
+    assert ledger.meta("epoch") == "3"
+
+
+def test_a_lease_ends_with_its_holder_however_it_ends(tmp_path: Path) -> None:
+    """The kernel sees to it."""
+    program = """
+import sys
+from pathlib import Path
+from repro_sweep.lease import Lease
+lease = Lease.acquire(Path(sys.argv[1]), "unit")
+print("held", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(SweepError):
+            Lease.acquire(tmp_path, "unit")
+        holder.kill()
+        holder.wait(60)
+    Lease.acquire(tmp_path, "unit").release()
+
+
+# --- group commit --------------------------------------------------------------------------------------------
+
+
+def test_changes_that_wait_together_are_committed_together(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each caller gets its own result, after the commit."""
+    commits: list[int] = []
+    real = ledger.commit
+    monkeypatch.setattr(ledger, "commit", lambda: (real(), commits.append(1)))
+
+    async def scenario() -> list[str]:
+        journal = Journal(ledger)
+
+        async def write(number: int) -> str:
+            def change(to: Ledger) -> str:
+                to.set_meta(f"key-{number}", str(number))
+                return f"result-{number}"
+
+            result = await journal.write(change)
+            assert commits
+            return result
+
+        results = await asyncio.gather(*(write(number) for number in range(100)))
+        await journal.close()
+        return results
+
+    assert asyncio.run(scenario()) == [f"result-{number}" for number in range(100)]
+    assert len(commits) <= 3
+
+
+def test_a_change_that_fails_leaves_nothing_behind_and_the_journal_goes_on(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    """Its batch is rolled back as a whole, and all of the batch hear of it."""
+
+    async def scenario() -> list[Any]:
+        journal = Journal(ledger)
+
+        def bad(to: Ledger) -> None:
+            to.set_meta("half", "done")
+            raise LedgerError("disk full")
+
+        first = await asyncio.gather(journal.write(bad), return_exceptions=True)
+        second = await journal.write(lambda to: to.set_meta("good", "yes"))
+        await journal.close()
+        return [*first, second]
+
+    failed, _ = asyncio.run(scenario())
+    assert isinstance(failed, LedgerError)
+    found = Ledger.open(tmp_path)
+    assert (found.meta("half"), found.meta("good")) == (None, "yes")
+    found.close()
+
+
+# --- the coordinator -----------------------------------------------------------------------------------------
+
+
+class OneWorker(Executor):
+    """An executor whose one worker is the test itself: first ``w``, then, when that has ended, ``v``."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.started: list[str] = []
+        self.ended: set[str] = set()
+
+    def wanted(self, trials: int) -> int:
+        return min(1, trials)
+
+    def start(self, count: int) -> list[str]:
+        self.started.append("w" if not self.started else "v")
+        return self.started[-count:]
+
+    def poll(self) -> Mapping[str, WorkerStatus]:
+        return {
+            worker: WorkerStatus(state=WorkerState.ENDED if worker in self.ended else WorkerState.ALIVE)
+            for worker in self.started
+        }
+
+    def stop(self, workers: Iterable[str]) -> None:
+        self.close(0.0)
+
+    def close(self, timeout_s: float) -> None:
+        self.closed = True
+
+
+def coordinate(
+    spec: SweepSpec, ledger: Ledger, worker: Callable[[Coordinator, OneWorker], Coroutine[Any, Any, None]]
+) -> None:
+    """Run a coordinator while ``worker`` claims and finishes."""
+
+    async def scenario() -> None:
+        executor = OneWorker()
+        coordinator = Coordinator(spec, ledger, None)
+        running = asyncio.create_task(coordinator.run(executor))
+        await coordinator.register(protocol.Register(worker="w", host="h", pid=1, slots=1))
+        await worker(coordinator, executor)
+        await coordinator.heartbeat(protocol.Heartbeat(worker="w", leaving=True))
+        await running
+        await coordinator.close()
+
+    asyncio.run(scenario())
+
+
+def claim(attempt: str, worker: str = "w") -> protocol.Claim:
+    """A claim of the worker's only slot."""
+    return protocol.Claim(worker=worker, slot=0, attempt=attempt, wait_s=5.0)
+
+
+def finish(attempt: str, *, kind: FailureKind | None = None, score: float = 1.0) -> protocol.Finish:
+    """The end of an attempt."""
+    state = TrialState.COMPLETE if kind is None else TrialState.FAIL
+    return protocol.Finish(
+        worker="w", attempt=attempt, state=state, kind=kind, metrics={"score": score}, ended_at=2.0
+    )
+
+
+def test_a_sweep_is_not_over_while_its_last_trial_is_being_handed_out(
+    ledger: Ledger, spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the disk takes to commit it."""
+    commit = ledger.commit
+    monkeypatch.setattr(coordinator_module, "_CLOSE_S", 0.01)
+
+    def slow_commit() -> None:
+        time.sleep(0.6)  # more than two of the coordinator's looks at its workers
+        commit()
+
+    async def worker(coordinator: Coordinator, executor: OneWorker) -> None:
+        for number in range(3):
+            if number == 2:
+                monkeypatch.setattr(ledger, "commit", slow_commit)
+            assert (await coordinator.claim(claim(str(number)))).assignment is not None
+            assert not executor.closed
+            await coordinator.finish(finish(str(number)))
+
+    coordinate(spec, ledger, worker)
+    found = Ledger.open(tmp_path, readonly=True)
+    assert found.counts()[TrialState.COMPLETE] == 3
+    found.close()
+
+
+def test_a_worker_that_dies_while_it_is_handed_a_trial_does_not_take_it_along(
+    ledger: Ledger, spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial goes to the next worker."""
+    commit = ledger.commit
+
+    def slow_commit() -> None:
+        time.sleep(0.6)
+        commit()
+
+    async def worker(coordinator: Coordinator, executor: OneWorker) -> None:
+        monkeypatch.setattr(ledger, "commit", slow_commit)
+        claiming = asyncio.create_task(coordinator.claim(claim("lost")))
+        await asyncio.sleep(0)
+        executor.ended.add("w")
+        await claiming
+        monkeypatch.setattr(ledger, "commit", commit)
+        await coordinator.register(protocol.Register(worker="v", host="h", pid=2, slots=1))
+        claimed = []
+        for number in range(3):
+            claimed.append((await coordinator.claim(claim(f"v{number}", "v"))).assignment)
+            await coordinator.finish(finish(f"v{number}"))
+        await coordinator.finish(finish("lost"))  # whatever is the matter, the sweep must end
+        await coordinator.heartbeat(protocol.Heartbeat(worker="v", leaving=True))
+        assert sorted(assignment.trial for assignment in claimed if assignment is not None) == [0, 1, 2]
+
+    coordinate(spec, ledger, worker)
+    found = Ledger.open(tmp_path, readonly=True)
+    assert found.counts()[TrialState.COMPLETE] == 3
+    found.close()
+
+
+def test_a_worker_that_is_not_known_gets_no_trial_and_loses_none(ledger: Ledger, spec: SweepSpec) -> None:
+    """Such as one that was silent for too long, and given up."""
+
+    async def worker(coordinator: Coordinator, _: OneWorker) -> None:
+        assert await coordinator.claim(claim("a", "stranger")) == protocol.Claimed(over=True)
+        for number in range(3):
+            assert (await coordinator.claim(claim(str(number)))).assignment is not None
+            await coordinator.finish(finish(str(number)))
+
+    coordinate(spec, ledger, worker)
+
+
+def test_messages_that_come_twice_are_recorded_once(ledger: Ledger, spec: SweepSpec, tmp_path: Path) -> None:
+    """A worker repeats each one whose reply was lost."""
+
+    async def worker(coordinator: Coordinator, _: OneWorker) -> None:
+        for number in range(3):
+            ident = str(number)
+            first = await coordinator.claim(claim(ident))
+            assert await coordinator.claim(claim(ident)) == first
+            reports = [
+                protocol.Report(attempt=ident, seq=seq, step=seq, time=1.0, metrics={"score": 0.5})
+                for seq in range(3)
+            ]
+            for part in (reports[:2], reports[:2], reports[1:]):
+                await coordinator.report(protocol.Reports(worker="w", reports=tuple(part)))
+            await asyncio.gather(*(coordinator.finish(finish(ident)) for _ in range(2)))
+            await coordinator.finish(finish(ident, kind=FailureKind.CRASH))
+
+    coordinate(spec, ledger, worker)
+    found = Ledger.open(tmp_path, readonly=True)
+    assert found.counts()[TrialState.COMPLETE] == 3
+    assert len(found.attempts()) == 3
+    assert [report.step for report in found.reports()] == [0, 1, 2] * 3
+    found.close()
+
+
+def test_the_best_trial_so_far_follows_the_sweep_s_direction(ledger: Ledger, spec: SweepSpec) -> None:
+    """Infinite values and failures do not count."""
+    seen: list[tuple[int, float] | None] = []
+
+    async def worker(coordinator: Coordinator, _: OneWorker) -> None:
+        for number, score in enumerate([math.inf, 0.5, 0.25]):
+            await coordinator.claim(claim(str(number)))
+            await coordinator.finish(finish(str(number), score=score))
+            best = coordinator.progress().best
+            seen.append(None if best is None else (best.trial, best.value))
+
+    coordinate(spec.model_copy(update={"direction": Direction.MINIMIZE}), ledger, worker)
+    assert seen == [None, (1, 0.5), (2, 0.25)]
+
+
+# --- how busy the slots were ---------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_meter_counts_slot_time_from_the_first_start_to_the_last_end() -> None:
+    """What is before or after them is nobody's idleness."""
+    clock = Clock()
+    meter = Meter(clock)
+    meter.set(slots=2, running=0)
+    clock.now += 50
+    assert (meter.busy(), meter.elapsed_s(), meter.seconds_left(4)) == (0.0, 0.0, None)
+    meter.set(slots=2, running=2)
+    clock.now += 10
+    assert meter.busy() == 1.0
+    meter.finished(10.0)
+    meter.set(slots=2, running=1)
+    clock.now += 10
+    assert meter.busy() == pytest.approx(0.75)
+    assert meter.seconds_left(4) == pytest.approx(20.0)
+    meter.finished(20.0)
+    meter.set(slots=2, running=0)
+    clock.now += 1000
+    assert meter.busy() == pytest.approx(0.75)
+    assert meter.elapsed_s() == pytest.approx(20.0)
+    assert meter.seconds_left(4) == pytest.approx(4 * 15 / 2)
+
+
+def test_the_meter_counts_the_time_between_two_trials_as_idle() -> None:
+    """Slots that wait for work are not busy."""
+    clock = Clock()
+    meter = Meter(clock)
+    for running in (1, 0, 1, 0):
+        meter.set(slots=1, running=running)
+        clock.now += 10
+    assert meter.busy() == pytest.approx(2 / 3)
+
+
+# --- a trial's log -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("size", [0, 10, 100, 101, 5000])
+def test_a_capped_log_keeps_the_head_and_the_tail(tmp_path: Path, chunk: int, size: int) -> None:
+    """Everything up to its limit; of more, both ends and how much is missing."""
+    data = bytes(range(65, 91)) * (size // 26 + 1)
+    data = data[:size]
+    log = CappedLog(tmp_path / "log", 100)
+    for start in range(0, size, chunk):
+        log.write(data[start : start + chunk])
+    log.close()
+    kept = (tmp_path / "log").read_bytes()
+    if size <= 100:
+        assert kept == data
+        return
+    head, rest = kept[:50], kept[50:]
+    note = re.match(rb"\n\[repro-sweep: ([\d,]+) bytes left out \(sweep\.log_limit_mb\)\]\n", rest)
+    dropped = 0 if note is None else int(note[1].replace(b",", b""))
+    tail = rest if note is None else rest[note.end() :]
+    assert head == data[:50]
+    assert data.endswith(tail)
+    assert 50 <= len(tail) < 50 + chunk
+    assert dropped == size - len(head) - len(tail)
+
+
+def test_a_capped_log_continues_a_file(tmp_path: Path) -> None:
+    """The log of a second attempt stands behind the first one's."""
+    for text in (b"first\n", b"second\n"):
+        log = CappedLog(tmp_path / "log", 1000)
+        log.write(text)
+        log.close()
+    assert (tmp_path / "log").read_bytes() == b"first\nsecond\n"
+
+
+# --- the task ------------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_found_again_by_its_dotted_name() -> None:
+    """And called so in the identity of its trials."""
+    spec = task.from_dotted("json.dumps", "sweep.task")
+    import json
+
+    assert task.load(spec) is json.dumps
+    assert spec.name == "json.dumps"
+
+
+@pytest.mark.parametrize("dotted", ["train", "", ".train", "a..b", "a.b c", "a-b.c", "a.b()"])
+def test_a_task_s_name_must_be_dotted(dotted: str) -> None:
+    """The message says where and how."""
+    with pytest.raises(
+        TaskError, match=r"sweep\.task: .* is not a dotted name like package\.module\.function"
+    ):
+        task.from_dotted(dotted, "sweep.task")
+
+
+def test_a_task_function_that_no_other_process_finds_is_refused() -> None:
+    """A lambda, a nested function."""
+
+    def nested(_: object) -> None:
+        return None
+
+    for function in (nested, lambda _: None):
+        with pytest.raises(TaskError, match="top level"):
+            task.from_function(function)
+
+
+def test_a_function_of_a_module_is_found_again() -> None:
+    """The function that Hydra hands to the sweeper."""
+    spec = task.from_function(subprocess.list2cmdline)
+    assert (spec.module, spec.qualname, spec.file) == ("subprocess", "list2cmdline", None)
+    assert task.load(spec) is subprocess.list2cmdline
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "says"),
+    [
+        ("", "train", "has no 'train'"),
+        ("train = 5", "train", "is a int, not a function"),
+        ("def train(): pass", "train", r"one argument, the config; this one is train\(\)"),
+        ("def train(cfg, more): pass", "train", "one argument"),
+        ("def train(*, cfg): pass", "train", "one argument"),
+        ("import nosuchmodule", "train", "ModuleNotFoundError: No module named 'nosuchmodule'"),
+        ("raise ValueError('why')", "train", "ValueError: why"),
+        ("raise SystemExit(3)", "train", "SystemExit: 3"),
+        ("def train(cfg):\n  return (", "train", "SyntaxError"),
+    ],
+)
+def test_a_task_that_cannot_be_called_is_refused_with_the_reason(
+    tmp_path: Path, source: str, name: str, says: str
+) -> None:
+    """The import's own traceback's last line, where that failed."""
+    file = tmp_path / "mytask.py"
+    file.write_text(source)
+    with pytest.raises(TaskError, match=says):
+        task.load(TaskSpec(file=str(file), qualname=name, cwd=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def train(cfg): return 1.0",
+        "def train(cfg, more=2): return 1.0",
+        "def train(*args): return 1.0",
+        "class Train:\n  def __call__(self, cfg): return 1.0\ntrain = Train()",
+        "import functools\ntrain = functools.partial(lambda a, cfg: 1.0, 0)",
+        "import functools\ndef plain(cfg): return 1.0\n@functools.wraps(plain)\ndef train(cfg): return plain(cfg)",
+        "import hydra\n@hydra.main(version_base=None)\ndef train(cfg): return 1.0",
+    ],
+)
+def test_whatever_takes_one_argument_is_a_task(tmp_path: Path, source: str) -> None:
+    """A function that ``hydra.main`` wraps is unwrapped."""
+    (tmp_path / "mytask.py").write_text(source)
+    function = task.load(TaskSpec(file=str(tmp_path / "mytask.py"), qualname="train", cwd=str(tmp_path)))
+    assert function({}) == 1.0
+
+
+# --- what user code sees -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (1, 1.0),
+        (True, 1.0),
+        (0.5, 0.5),
+        (Fraction(1, 4), 0.25),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3.0),
+        (np.bool_(True), 1.0),
+        (np.array(2.0), 2.0),
+        (np.array([[4.0]]), 4.0),
+        (math.inf, math.inf),
+    ],
+)
+def test_numbers_of_python_and_numpy_are_metrics(value: object, number: float) -> None:
+    """And arrays with one element."""
+    found = trial.as_number(value, "metric")
+    assert (type(found), found) == (float, number)
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [1.0], {}, 1j, np.array([1.0, 2.0]), object(), int])
+def test_what_is_no_number_is_refused_with_its_name(value: object) -> None:
+    """The message says which metric, and what it was."""
+    with pytest.raises(TypeError, match=f"metric 'score' must be a number, got {type(value).__name__}"):
+        trial.as_number(value, "metric 'score'")
+
+
+def test_outside_of_a_sweep_report_only_checks_its_arguments() -> None:
+    """So that a task function also runs under plain Hydra."""
+    repro_sweep.report(0, score=0.5, loss=np.float32(1))
+    for step in ("one", 1.5, True, None):
+        with pytest.raises(TypeError, match="step must be a whole number"):
+            repro_sweep.report(step, score=0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="report: metric 'score' must be a number"):
+        repro_sweep.report(0, score="good")  # type: ignore[arg-type]
+
+
+def test_outside_of_a_sweep_the_folders_lie_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no Hydra runs; they exist when they are returned."""
+    monkeypatch.chdir(tmp_path)
+    assert repro_sweep.artifact_dir() == tmp_path / "artifacts"
+    assert repro_sweep.checkpoint_dir() == tmp_path / "checkpoints"
+    assert (tmp_path / "artifacts").is_dir()
+    assert (tmp_path / "checkpoints").is_dir()
+
+
+# --- messages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308, 0.1, -0.0])
+def test_every_float_survives_the_wire(value: float) -> None:
+    """JSON has no NaN of its own."""
+    sent = protocol.Finish(
+        worker="w", attempt="a", state=TrialState.COMPLETE, metrics={"m": value}, ended_at=0.0
+    )
+    received = protocol.Finish.model_validate_json(sent.model_dump_json()).metrics["m"]
+    assert received == value or (math.isnan(value) and math.isnan(received))
+    assert math.copysign(1, received) == math.copysign(1, value)
+
+
+# --- names, imports, errors ----------------------------------------------------------------------------------
+
+
+def test_the_public_names_are_a_dozen_at_most_and_all_there() -> None:
+    """A new one is a decision."""
+    assert repro_sweep.__all__ == [
+        "ReproSweepError", "Trial", "TrialPruned", "TrialState", "artifact_dir", "best_trial", "checkpoint_dir",
+        "leaderboard", "report", "trials",
+    ]  # fmt: skip
+    assert dir(repro_sweep) == sorted(repro_sweep.__all__)
+    for name in repro_sweep.__all__:
+        assert getattr(repro_sweep, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
+        _ = repro_sweep.nosuch  # type: ignore[attr-defined]
+
+
+HEAVY = (
+    "torch",
+    "mlflow",
+    "ray",
+    "optuna",
+    "hydra",
+    "omegaconf",
+    "pandas",
+    "numpy",
+    "pydantic",
+    "fastapi",
+    "rich",
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "heavy"),
+    [
+        ("import repro_sweep", HEAVY),
+        ("import sys, repro_sweep.cli.main as m\ntry: m.main(['--help'])\nexcept SystemExit: pass", HEAVY),
+        (
+            "from repro_sweep import report, TrialState",
+            ("torch", "mlflow", "ray", "optuna", "hydra", "pandas"),
+        ),
+        (
+            "import repro_sweep.worker.agent",
+            ("torch", "mlflow", "ray", "optuna", "hydra", "pandas", "fastapi"),
+        ),
+        ("import repro_sweep.coordinator", ("torch", "mlflow", "ray", "optuna", "hydra", "pandas")),
+        ("import repro_sweep.cli.run", ("torch", "mlflow", "ray", "optuna", "pandas", "submitit")),
+    ],
+)
+def test_an_import_loads_nothing_heavy_that_it_does_not_need(program: str, heavy: tuple[str, ...]) -> None:
+    """Start-up stays under 0.3 s."""
+    shown = f"{program}\nimport sys\nprint('LOADED', *sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", shown],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env=environment(),
+    )
+    loaded = set(result.stdout.rpartition("LOADED")[2].split())
+    assert loaded & set(heavy) == set()
+
+
+def test_the_tree_of_errors_is_the_one_that_is_drawn() -> None:
+    """In the module's docstring."""
+    drawn: dict[str, str] = {}
+    path: list[str] = []
+    for line in (errors.__doc__ or "").splitlines():
+        if not line.startswith("    "):
+            continue
+        stem = line[4:].lstrip("│├└─ ")
+        depth = (len(line[4:]) - len(stem)) // 4
+        name = stem.split()[0]
+        path = [*path[:depth], name]
+        drawn[name] = path[depth - 1] if depth else "Exception"
+    defined = {
+        name: value.__base__.__name__
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception)
+    }
+    assert drawn == defined
+
+
+def test_states_say_which_of_them_are_final() -> None:
+    """A failed trial is finished, but not done: it may be run again."""
+    assert {state for state in TrialState if state.is_finished()} == {
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+        TrialState.FAIL,
+    }
+    assert {state for state in TrialState if state.is_done()} == {TrialState.COMPLETE, TrialState.PRUNED}
