@@ -24,9 +24,9 @@ from tracking_helpers import (
 )
 
 from repro_sweep.errors import TrackingError
-from repro_sweep.leaderboard import Entry, Row, columns, rank_points, usual_direction
 from repro_sweep.ledger import Ledger
 from repro_sweep.ranking import best_trial, leaderboard, rank, trials
+from repro_sweep.standings import Entry, Row, columns, rank_points, usual_direction
 from repro_sweep.states import Direction, FailureKind, TrialState
 
 pytestmark = pytest.mark.filterwarnings(

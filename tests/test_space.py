@@ -7,7 +7,7 @@ import random
 import sys
 import time
 import tracemalloc
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from repro_sweep import plugins
 from repro_sweep.config.space import Space
 from repro_sweep.errors import SpaceError
 from repro_sweep.points import Point
@@ -734,7 +735,7 @@ def test_a_searcher_of_an_installed_package_is_found_by_its_entry_point(
     module = ModuleType("other_package")
     monkeypatch.setitem(sys.modules, "other_package", module)
     entry = EntryPoint(name="other", value="other_package", group=base.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(base, "entry_points", lambda group: [entry] if group == entry.group else [])
+    monkeypatch.setattr(plugins, "entry_points", EntryPoints([entry]).select)
     assert set(base.names()) >= {"grid", "other"}
     with pytest.raises(SpaceError, match=r"other_package\.OPTIONS must be a dataclass, got None"):
         base.load("other")

@@ -672,7 +672,7 @@ def test_a_request_that_is_done_long_after_it_was_given_up_leaves_no_second_run(
         return None
 
     proxy.spoil = spoil
-    ledger = make_ledger(sweep, proxy.uri, experiment="late requests")
+    ledger = make_ledger(sweep, proxy.uri, name="late", experiment="late requests")
     for number in range(4):
         add_trial(ledger, number)
     for number in range(2):
@@ -682,7 +682,7 @@ def test_a_request_that_is_done_long_after_it_was_given_up_leaves_no_second_run(
     while proxy.late < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    seen = {trial.run_id for trial in trials("grid", uri=server)}
+    seen = {trial.run_id for trial in trials("late", uri=server)}
     for number in (2, 3):
         run_trial(ledger, number, {"accuracy": 0.5})
     drain(sweep)

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from repro_sweep import protocol
@@ -29,6 +29,7 @@ _POLL_S = 0.25
 _WORKER_SILENT_S = 60.0
 _FRUITLESS_WORKERS = 3
 _CLOSE_S = 15.0
+_MOST_LOSSES = 3
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Coordinator:
         self._counts = ledger.counts()
         self._running: dict[str, _Running] = {}
         self._workers: dict[str, _Worker] = {}
+        self._starting = 0
         self._changed = asyncio.Event()
         self._draining = False
         self._stopping = False
@@ -75,6 +77,7 @@ class Coordinator:
         self._meter = Meter()
         self._best: Best | None = None
         self._failures: list[Failure] = []
+        self._losses: Counter[int] = Counter()
 
     # --- the user's side -------------------------------------------------------------------------------------
 
@@ -145,19 +148,24 @@ class Coordinator:
         if known is not None:
             return protocol.Claimed(assignment=known.assignment)
         deadline = time.monotonic() + message.wait_s
-        while not self._waiting or self._draining:
-            left = deadline - time.monotonic()
+        while True:
             if self._over() or self._draining or message.worker not in self._workers:
                 return protocol.Claimed(over=True)
+            if self._waiting:
+                break
+            left = deadline - time.monotonic()
             if left <= 0:
                 return protocol.Claimed()
             await self._wait_for_change(left)
         number = self._waiting.popleft()
+        self._starting += 1  # it is neither waiting nor running until it is committed
         try:
             return protocol.Claimed(assignment=await self._start(number, message))
         except LedgerError:
             self._waiting.appendleft(number)
             raise
+        finally:
+            self._starting -= 1
 
     async def report(self, message: protocol.Reports) -> protocol.Acknowledged:
         """Metrics that running trials reported."""
@@ -181,7 +189,7 @@ class Coordinator:
         if message.metric_missing and self._fatal is None:
             self._fatal = SweepError(message.message or "the task does not return the metric")
             self.stop()
-        await self._end(message.attempt, outcome, again=message.kind is FailureKind.CANCELLED)
+        await self._end(message.attempt, outcome)
         return protocol.Acknowledged()
 
     async def heartbeat(self, message: protocol.Heartbeat) -> protocol.Acknowledged:
@@ -207,7 +215,7 @@ class Coordinator:
     # --- inside ----------------------------------------------------------------------------------------------
 
     def _over(self) -> bool:
-        return not self._running and (self._draining or not self._waiting)
+        return not self._running and not self._starting and (self._draining or not self._waiting)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -249,6 +257,8 @@ class Coordinator:
         worker.attempts.add(claim.attempt)
         self._set_state(number, TrialState.RUNNING)
         self._measure()
+        if claim.worker not in self._workers:
+            await self._end_lost(claim.attempt, "its worker ended")
         return assignment
 
     async def _record(self, reports: tuple[protocol.Report, ...]) -> None:
@@ -268,11 +278,12 @@ class Coordinator:
 
             await self._journal.write(change)
 
-    async def _end(self, attempt: str, outcome: Outcome, *, again: bool) -> None:
+    async def _end(self, attempt: str, outcome: Outcome) -> None:
         running = self._running.get(attempt)
         if running is None:
             return
         number = running.trial
+        again = self._again(number, outcome.kind)
         await self._journal.write(lambda ledger: ledger.finish_attempt(attempt, number, outcome, again=again))
         if self._running.pop(attempt, None) is None:
             return  # the same message, twice at the same time
@@ -289,6 +300,13 @@ class Coordinator:
         else:
             self._note_best(running, outcome)
         self._notify()
+
+    def _again(self, number: int, kind: FailureKind | None) -> bool:
+        """Whether a failed attempt is none of its trial's fault; one whose worker is lost again and again may be."""
+        if kind is FailureKind.NODE_LOST:
+            self._losses[number] += 1
+            return self._losses[number] < _MOST_LOSSES
+        return kind is FailureKind.CANCELLED
 
     def _note_failure(self, running: _Running, outcome: Outcome) -> None:
         self._failures.append(
@@ -317,7 +335,7 @@ class Coordinator:
         outcome = Outcome(
             state=TrialState.FAIL, kind=FailureKind.NODE_LOST, message=why, metrics={}, ended_at=now()
         )
-        await self._end(attempt, outcome, again=True)
+        await self._end(attempt, outcome)
 
     async def _lose(self, worker: str, why: str) -> None:
         lost = self._workers.pop(worker)

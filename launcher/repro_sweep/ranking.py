@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from repro_sweep.errors import TrackingError
-from repro_sweep.leaderboard import Entry, Row, columns, rank_points, usual_direction
 from repro_sweep.results import Failure, Sweep, Trial, find_sweep, read_trials, reading_uri, value_of
+from repro_sweep.standings import Entry, Row, columns, rank_points, usual_direction
 from repro_sweep.states import Direction, TrialState
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -99,9 +100,11 @@ def prepare(
     options = sweep_options(config)
     task_overrides, sweep_overrides = split_overrides(arguments)
     name = _name(options, config)
+    if _is_ours(config):
+        options.name = name  # for interpolations such as hydra.sweep.dir=out/${sweep.name}
     directory = _directory(config, name)
     task_spec = _task(options, found)
-    composition = _composition(config, loader, name)
+    composition = _composition(config, loader, directory)
     composer = Composer(composition, loader=loader)
     space = Space(
         params=options.params,
@@ -284,21 +287,35 @@ def _name(options: SweepConf, config: DictConfig) -> str:
 
 
 def _directory(config: DictConfig, name: str) -> Path:
-    raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
-    assert isinstance(raw, dict)
-    directory = f"multirun/{name}" if raw["dir"] == _HYDRA_DIR else str(config.hydra.sweep.dir)
-    return Path.cwd() / directory
+    if _raw_sweep(config)["dir"] == _HYDRA_DIR:
+        return Path.cwd() / "multirun" / name
+    try:
+        return Path.cwd() / str(config.hydra.sweep.dir)
+    except OmegaConfBaseException as error:
+        raise SweepError(f"hydra.sweep.dir: {str(error).splitlines()[0]}") from error
 
 
-def _composition(config: DictConfig, loader: ConfigLoader, name: str) -> Composition:
-    """Hydra's composition; the directories we choose in place of Hydra's defaults are overrides like any other."""
-    raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
-    assert isinstance(raw, dict)
-    chosen = [f"hydra.sweep.dir=multirun/{name}"] if raw["dir"] == _HYDRA_DIR else []
+def _composition(config: DictConfig, loader: ConfigLoader, directory: Path) -> Composition:
+    """Hydra's composition, with our directories in place of Hydra's defaults as overrides like any other.
+
+    A directory that refers to the sweep's own node is resolved here: trials do not have that node.
+    """
+    raw = _raw_sweep(config)
+    chosen = []
+    if raw["dir"] == _HYDRA_DIR or "${sweep" in raw["dir"]:
+        quoted = str(directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory)
+        quoted = quoted.replace("\\", "\\\\").replace("'", "\\'")
+        chosen.append(f"hydra.sweep.dir='{quoted}'")
     if raw["subdir"] == _HYDRA_SUBDIR:
         chosen.append(f"hydra.sweep.subdir={_SUBDIR}")
     composition = composition_of(config, loader, strip=("sweep",) if _is_ours(config) else ())
     return composition.model_copy(update={"hydra_overrides": (*composition.hydra_overrides, *chosen)})
+
+
+def _raw_sweep(config: DictConfig) -> dict[Any, Any]:
+    raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    assert isinstance(raw, dict)
+    return raw
 
 
 def _custom_subdir(composer: Composer) -> bool:
@@ -363,7 +380,9 @@ def _spec(
         resources=Resources(
             cpus=_positive(options.resources.cpus_per_trial, "sweep.resources.cpus_per_trial"),
             gpus=_gpu_share(gpus),
-            mem_gb=options.resources.mem_gb_per_trial,
+            mem_gb=None
+            if options.resources.mem_gb_per_trial is None
+            else _positive(options.resources.mem_gb_per_trial, "sweep.resources.mem_gb_per_trial"),
         ),
         tracking=Tracking(
             uri=resolve_uri(options.tracking.uri, cwd, os.environ),

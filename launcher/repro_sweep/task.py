@@ -76,7 +76,7 @@ def load(spec: TaskSpec) -> Task:
     try:
         module = _import(spec)
     except (Exception, SystemExit) as error:
-        last = traceback.format_exception_only(error)[-1].strip()
+        last = " ".join(traceback.format_exception_only(error)[-1].split())
         raise TaskError(f"task {spec.name}: importing {spec.module or spec.file} failed: {last}") from error
     target: Any = module
     for part in spec.qualname.split("."):

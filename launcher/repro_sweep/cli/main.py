@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
     try:
         sys.exit(_dispatch(first, arguments))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -58,7 +60,7 @@ def _dispatch(first: str, arguments: list[str]) -> int:
     from repro_sweep.errors import ReproSweepError
 
     try:
-        if "=" in first or first[0] in "-~":
+        if "=" in first or first.startswith(("-", "~")):
             from repro_sweep.cli import sweep
 
             return sweep.main(arguments)

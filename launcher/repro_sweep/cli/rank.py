@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from repro_sweep.leaderboard import Row
     from repro_sweep.ranking import Ranking
+    from repro_sweep.standings import Row
 
 
 def main(arguments: Sequence[str]) -> int:

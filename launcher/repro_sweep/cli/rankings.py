@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from repro_sweep.leaderboard import Row, columns
+from repro_sweep.standings import Row, columns
 from repro_sweep.states import TrialState
 
 

@@ -44,6 +44,8 @@ def main(
         return planning.show(submission) if plan else run(submission)
     except ReproSweepError as error:
         return fail(str(error))
+    except KeyboardInterrupt:  # outside of the sweep itself: while it is prepared, or summed up
+        return INTERRUPTED
 
 
 def run(submission: Submission) -> int:

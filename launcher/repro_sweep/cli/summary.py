@@ -7,9 +7,9 @@ from pathlib import Path
 
 from repro_sweep.cli.display import duration
 from repro_sweep.cli.rankings import table
-from repro_sweep.leaderboard import Entry, rank_points
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Progress
+from repro_sweep.standings import Entry, rank_points
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.worker.agent import LOG_NAME
@@ -19,7 +19,7 @@ _SHOWN_FAILURES = 10
 
 
 def summarise(spec: SweepSpec, progress: Progress, left: int) -> bool:
-    """Print the summary; returns whether some trial failed.
+    """Print the summary; returns whether some trial failed or was left waiting.
 
     ``left`` is the number of trials that MLflow does not have yet.
     """
@@ -40,7 +40,7 @@ def summarise(spec: SweepSpec, progress: Progress, left: int) -> bool:
         print(f"MLflow: {spec.tracking.uri}, experiment {spec.tracking.experiment}")
     else:
         print(f"see it in a browser: mlflow ui --backend-store-uri {uri}")
-    return bool(progress.failures)
+    return bool(progress.failures) or counts[TrialState.WAITING] > 0
 
 
 def _print_ranking(spec: SweepSpec) -> None:
@@ -73,4 +73,4 @@ def _print_failures(progress: Progress) -> None:
         message = failure.message.splitlines()[0] if failure.message else ""
         print(f"  trial {failure.trial}  {failure.kind}  {message}  {Path(failure.directory) / LOG_NAME}")
     if len(progress.failures) > _SHOWN_FAILURES:
-        print(f"  … {len(progress.failures) - _SHOWN_FAILURES} more")
+        print(f"  … {len(progress.failures) - _SHOWN_FAILURES} more: see trial.log in each one's directory")

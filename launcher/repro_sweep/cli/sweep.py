@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from hydra import version
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
@@ -17,7 +19,8 @@ from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
 from repro_sweep import task
@@ -41,6 +44,7 @@ def main(arguments: Sequence[str], *, forced: Sequence[str] = ()) -> int:
         UserError: something to correct first.
     """
     parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage, four lines of it
     args = parser.parse_args(list(arguments))
     if args.run:
         raise SweepError(
@@ -58,19 +62,37 @@ def main(arguments: Sequence[str], *, forced: Sequence[str] = ()) -> int:
     hydra = Hydra.create_main_hydra2(task_name=name, config_search_path=search_path)
     try:
         show = _shown(hydra, parser, args, config_name)
-        with mapped_errors(args.overrides):
-            if show is not None:
+        if show is None:
+            _multirun(hydra, config_name, [*args.overrides, *_FORCED, *forced])
+        else:
+            with mapped_errors(args.overrides):
                 show()
-            else:
-                hydra.multirun(
-                    config_name=config_name,
-                    task_function=named_by_sweep,
-                    overrides=[*args.overrides, *_FORCED, *forced],
-                    with_log_configuration=False,
-                )
     finally:
         GlobalHydra.instance().clear()
     return 0
+
+
+def _multirun(hydra: Hydra, config_name: str, overrides: list[str]) -> None:
+    """``Hydra.multirun``, in which only what Hydra itself says of the configuration is the user's mistake."""
+    with mapped_errors(overrides):
+        config = hydra.compose_config(
+            config_name=config_name,
+            overrides=overrides,
+            run_mode=RunMode.MULTIRUN,
+            with_log_configuration=False,
+        )
+        callbacks = Callbacks(config)
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+        sweeper = Plugins.instance().instantiate_sweeper(
+            config=config, hydra_context=context, task_function=named_by_sweep
+        )
+    callbacks.on_multirun_start(config=config, config_name=config_name)
+    sweeper.sweep(arguments=list(config.hydra.overrides.task))
+    callbacks.on_multirun_end(config=config, config_name=config_name)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise SweepError(message)
 
 
 def _shown(

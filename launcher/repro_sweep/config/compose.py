@@ -57,10 +57,12 @@ def composition_of(
     trials see the same date (Hydra's ``load_sweep_config`` copies the resolvers' cache for that).
     """
     hydra = master.hydra
+    hydra_overrides = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
+    assert isinstance(hydra_overrides, list)
     return Composition(
         config_name=hydra.job.config_name,
         search_path=tuple((e.provider or "", e.path or "") for e in loader.get_search_path().get_path()),
-        hydra_overrides=tuple(hydra.overrides.hydra),
+        hydra_overrides=tuple(hydra_overrides),
         job_name=str(JobRuntime.instance().get("name")),
         version_base=hydra.runtime.version_base,
         strip=strip,

@@ -8,19 +8,17 @@ ConfigStore), and ``SEARCHER``, its class. Nothing here may import Hydra, Optuna
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
-from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
 
+from repro_sweep import plugins
 from repro_sweep.errors import SpaceError
 from repro_sweep.points import Point
 from repro_sweep.states import TrialState
 
 ENTRY_POINT_GROUP = "repro_sweep.searchers"
+_PACKAGE = "repro_sweep.search"
 
 
 class Searcher(ABC):
@@ -56,22 +54,14 @@ class Sampler:
     searcher: type[Searcher]
 
 
-def names() -> tuple[str, ...]:
-    """The names of all searchers, sorted; none is imported for it."""
-    return tuple(sorted({*_modules(), *_entry_points()}))
-
-
 def load(name: str) -> Sampler:
     """Find the searcher that is called ``name``; a module of this folder goes before an entry point.
 
     Raises:
         SpaceError: there is none, or what there is does not define ``OPTIONS`` and ``SEARCHER``.
     """
-    if name in _modules():
-        module: ModuleType = importlib.import_module(f"{__package__}.{name}")
-    elif (entry := _entry_points().get(name)) is not None:
-        module = entry.load()
-    else:
+    module = plugins.load(_PACKAGE, ENTRY_POINT_GROUP, name)
+    if module is None:
         raise SpaceError(f"sweep.sampler: {name!r} is not a sampler ({', '.join(names())})")
     options, searcher = getattr(module, "OPTIONS", None), getattr(module, "SEARCHER", None)
     if not (isinstance(options, type) and is_dataclass(options)):
@@ -85,6 +75,11 @@ def load(name: str) -> Sampler:
     return Sampler(name=name, options=options, searcher=searcher)
 
 
+def names() -> tuple[str, ...]:
+    """The names of all searchers, sorted; none is imported for it."""
+    return plugins.names(_PACKAGE, ENTRY_POINT_GROUP)
+
+
 def options() -> dict[str, type]:
     """The dataclass of options of every searcher, by name.
 
@@ -92,12 +87,3 @@ def options() -> dict[str, type]:
         SpaceError: a searcher does not define what it must.
     """
     return {name: load(name).options for name in names()}
-
-
-def _modules() -> frozenset[str]:
-    package = importlib.import_module(__package__ or "repro_sweep.search")
-    return frozenset(module.name for module in pkgutil.iter_modules(package.__path__)) - {"base"}
-
-
-def _entry_points() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}

@@ -80,7 +80,8 @@ class Agent:
         deadline = time.monotonic() + 10.0
         while self._running and not self._lost and time.monotonic() < deadline:
             time.sleep(0.02)
-        self._heartbeat(leaving=True)
+        if not self._lost:
+            self._heartbeat(leaving=True)
         self._nursery.close()
         return not self._lost
 
@@ -265,6 +266,8 @@ class Run:
             return {**self._result, "metric_missing": missing}
         if self._killed is not None:
             return _failure(self._killed, "stopped")
+        if child.lost:
+            return _failure(FailureKind.NODE_LOST, "the worker's zygote was killed")
         if child.refused is not None:
             return _failure(FailureKind.EXCEPTION, child.refused)
         return _failure(FailureKind.CRASH, _ending(child.status))

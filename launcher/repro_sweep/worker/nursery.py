@@ -6,6 +6,7 @@ An agent's slots call it from their threads; one thread of its own reads the zyg
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -18,16 +19,22 @@ from typing import Any
 
 from repro_sweep.worker import wire
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class Child:
-    """A trial's process. ``ended`` is an eventfd that becomes readable when it is over."""
+    """A trial's process. ``ended`` is an eventfd that becomes readable when it is over.
+
+    ``lost``: it went down with the zygote, through no fault of its own.
+    """
 
     attempt: str
     ended: int
     pid: int | None = None
     status: int | None = None
     refused: str | None = None
+    lost: bool = False
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def over(self, status: int | None = None, refused: str | None = None) -> None:
@@ -122,7 +129,8 @@ class Nursery:
                 self._process, self._sock = _start(self._spec)
                 threading.Thread(target=self._read, daemon=True, name="zygote").start()
         for child in children:
-            child.over(status=-signal.SIGKILL)
+            child.lost = True
+            child.over()
         if self._failed is not None:
             self._ready.set()
 
@@ -132,6 +140,8 @@ class Nursery:
             self._ready.set()
         elif "ready" in message:
             self._hazard = message["hazard"]
+            if self._hazard is not None:
+                log.warning("the task cannot be forked: %s; each trial gets a new process", self._hazard)
             self._ready.set()
         elif "started" in message:
             with self._lock:

@@ -34,11 +34,11 @@ from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import UNNAMED_METRIC, SweepSpec
 from repro_sweep.tracking import inside
 from repro_sweep.tracking.base import RunRef
-from repro_sweep.worker import trial
+from repro_sweep.worker import preload, threads, trial
 from repro_sweep.worker.logs import JobLogging
-from repro_sweep.worker.zygote import PRELOADED, allow_threads
 
 _MESSAGE_LIMIT = 2000
+_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class DriftError(Exception):
@@ -91,9 +91,9 @@ class Runner:
         faulthandler.enable(file=2)
         context = trial.Context(socket.socket(fileno=channel_fd), Path(message["directory"]))
         trial.enter(context)
-        known = _imported()
+        known = preload.imported()
         result = self._result(message, context)
-        context.send(imported=sorted(_imported() - known))
+        context.send(imported=sorted(preload.imported() - known))
         context.send(result=result)
         _exit()
 
@@ -142,13 +142,9 @@ class Runner:
             (folder / "config.yaml").write_text(message["config"], encoding="utf-8")
             (folder / "hydra.yaml").write_text(hydra_yaml(shell), encoding="utf-8")
             (folder / "overrides.yaml").write_text(to_yaml(node.overrides.task), encoding="utf-8")
-        os.environ.update({key: str(value) for key, value in node.job.env_set.items()})
+        own = {key: str(value) for key, value in node.job.env_set.items() if key != _GPUS}
+        os.environ.update(own)
         return _call(self._task, config, job)
-
-
-def _imported() -> set[str]:
-    """The modules worth preloading that this process has; a look at all modules would touch the pages of all names."""
-    return {module for module in PRELOADED if module in sys.modules}
 
 
 def _call(task: Callable[[Any], object], config: DictConfig, job: DictConfig) -> object:
@@ -186,8 +182,8 @@ def _enter_environment(spec: SweepSpec, message: Mapping[str, Any]) -> None:
     os.environ["REPRO_SWEEP_TRIAL"] = str(message["trial"])
     os.environ["REPRO_SWEEP_ATTEMPT"] = message["run"]
     if message["gpus"] is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(message["gpus"])
-    allow_threads(spec.resources)
+        os.environ[_GPUS] = ",".join(message["gpus"])
+    threads.allow(spec.resources)
     random.seed()
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:  # a fresh process would have fresh state; a forked one has the zygote's
@@ -213,10 +209,10 @@ def _check_drift(composed: str, frozen: str) -> None:
         return
     import difflib
 
-    lines = difflib.unified_diff(
-        frozen.splitlines(), composed.splitlines(), "submitted", "now", lineterm="", n=0
-    )
-    raise DriftError("the config has drifted since it was submitted:\n" + "\n".join(lines))
+    old, new = frozen.splitlines(), composed.splitlines()
+    lines = list(difflib.unified_diff(old, new, "submitted", "now", lineterm="", n=0))
+    changed = "; ".join(line for line in lines[2:] if not line.startswith("@"))
+    raise DriftError(f"the config has drifted since it was submitted: {changed}")
 
 
 def _final_metrics(value: object, reported: Mapping[str, float], metric: str | None) -> dict[str, Any]:
@@ -269,9 +265,9 @@ def _one_line(error: BaseException) -> str:
         text = str(error).strip()
     except Exception:  # noqa: BLE001  (user code)
         text = "(its text cannot be had)"
-    if isinstance(error, DriftError | UserError):
-        return text[:_MESSAGE_LIMIT]
     first = text.splitlines()[0] if text else ""
+    if isinstance(error, DriftError | UserError):
+        return first[:_MESSAGE_LIMIT]
     return f"{type(error).__name__}: {first}".removesuffix(": ")[:_MESSAGE_LIMIT]
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import os
 import selectors
 import signal
@@ -21,28 +20,15 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from repro_sweep.errors import UserError
-from repro_sweep.sweep import Resources, SweepSpec
-from repro_sweep.worker import memory, wire
+from repro_sweep.sweep import SweepSpec
+from repro_sweep.worker import memory, preload, threads, wire
 
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
-_OTHER_VARIABLES = {
-    "JE_ARROW_MALLOC_CONF": "background_thread:false"
-}  # pandas' pyarrow starts a thread for its memory
 _PR_SET_PDEATHSIG = 1
-PRELOADED = frozenset({"matplotlib.figure", "pandas", "scipy.stats", "torch._dynamo", "torch.utils.data"})
-"""Modules that are slow to import, safe to fork after, and often imported only when a trial runs: torch's optimizers
-import ``torch._dynamo``, for 0.8 s of each trial. The zygote imports one of them when a first trial had to."""
+_PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -57,6 +43,7 @@ class Zygote:
         os.set_blocking(wakeup_write, False)
         signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what a trial starts in a session of its own comes to us
 
     def serve(self) -> None:
         """Serve until the agent is gone; what still runs then is killed."""
@@ -75,6 +62,7 @@ class Zygote:
                     self._handle(message, fds)
         for pid in self._children:
             _kill_group(pid)
+        self._kill_orphans("")
 
     def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
         if "kill" in message:
@@ -83,7 +71,7 @@ class Zygote:
                     _kill_group(pid)
             return
         if "preload" in message:
-            preload(message["preload"])
+            preload.load(message["preload"])
             hazard = fork_hazard()
             if hazard is not None:
                 wire.send(self._sock, {"ready": True, "hazard": hazard})
@@ -126,6 +114,16 @@ class Zygote:
         finally:
             os._exit(1)
 
+    def _kill_orphans(self, attempt: str) -> None:
+        """Kill what this attempt, or with ``""`` any, has started outside of its process group and left to us."""
+        mine = f"REPRO_SWEEP_ATTEMPT={attempt}".encode()
+        children = Path(f"/proc/self/task/{os.getpid()}/children")
+        for pid in map(int, children.read_text().split()) if children.exists() else ():
+            if pid not in self._children and any(entry.startswith(mine) for entry in _environment(pid)):
+                _kill_group(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
     def _reap(self) -> None:
         while True:
             try:
@@ -137,45 +135,15 @@ class Zygote:
             attempt = self._children.pop(pid, None)
             if attempt is not None:
                 _kill_group(pid)  # what the trial left behind
+                self._kill_orphans(attempt)
                 wire.send(self._sock, {"ended": attempt, "status": os.waitstatus_to_exitcode(status)})
 
 
-def limit_threads() -> None:
-    """Keep the numeric libraries at one thread while the task is imported, so that no pool exists at a fork.
-
-    Variables that the user has set stay as they are. :func:`allow_threads` is the other half.
-    """
-    for variable, value in _OTHER_VARIABLES.items():
-        os.environ.setdefault(variable, value)
-    for variable in _THREAD_VARIABLES:
-        if variable not in os.environ:
-            os.environ[variable] = "1"
-            _limited.add(variable)
-
-
-_limited: set[str] = set()
-
-
-def allow_threads(resources: Resources) -> None:
-    """In the trial: give the numeric libraries as many threads as the trial has CPUs."""
-    threads = resources.threads
-    if threads == 1 or not _limited:
-        return
-    for variable in _limited:
-        os.environ[variable] = str(threads)
-    import threadpoolctl
-
-    threadpoolctl.threadpool_limits(threads)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
-
-
-def preload(modules: Sequence[str]) -> None:
-    """Import, in the zygote, what its trials would otherwise import each for itself."""
-    for module in PRELOADED.intersection(modules):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
-    memory.settle()
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended meanwhile
+        return []
 
 
 def fork_hazard() -> str | None:
@@ -205,7 +173,7 @@ def main() -> None:
     if message is None:
         return
     spec = SweepSpec.model_validate_json(message["spec"])
-    limit_threads()
+    threads.limit()
     from repro_sweep.worker.runner import Runner
 
     try:
