@@ -87,7 +87,9 @@ def _multirun(hydra: Hydra, config_name: str, overrides: list[str]) -> None:
             config=config, hydra_context=context, task_function=named_by_sweep
         )
     callbacks.on_multirun_start(config=config, config_name=config_name)
-    sweeper.sweep(arguments=list(config.hydra.overrides.task))
+    arguments = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(arguments, list)
+    sweeper.sweep(arguments=arguments)
     callbacks.on_multirun_end(config=config, config_name=config_name)
 
 

@@ -342,7 +342,7 @@ class MlflowTracker(Tracker):
     def _failed(self, number: int, job: _Job, error: Exception) -> None:
         text = one_line(error)
         if isinstance(error, Gone):
-            pass
+            self._restore(job.upload.sent)
         elif isinstance(error, Unavailable):
             self._outages += 1
             self._closed_until = self._clock() + _pause(self._outages)
