@@ -588,6 +588,26 @@ def test_a_bug_in_one_trials_upload_holds_up_no_other(sweep: Path, uri: str) -> 
     assert [run.info.status for run in runs_of(uri) if run.info.status == "FINISHED"] == ["FINISHED"] * 2
 
 
+def test_what_was_done_but_never_noted_is_not_done_again(sweep: Path, uri: str) -> None:
+    """The tracker ends between the store's commit and its own, every time that it has uploaded something."""
+    ledger = make_ledger(sweep, uri)
+    for number in range(3):
+        add_trial(ledger, number)
+    attempt = start(ledger, 0)
+    for step in range(3):
+        report(ledger, 0, attempt, range(step, step + 1))
+        tracker = MlflowTracker(sweep)
+        while not (tracker._jobs and 0 in tracker._jobs):
+            time.sleep(tracker.sync() / 10)
+        tracker._jobs[0].future.result()
+        tracker._log.close()
+    for number in (1, 2):
+        run_trial(ledger, number, {"accuracy": 0.5})
+    end(ledger, 0, attempt, {"accuracy": 0.5})
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+
+
 def test_the_tracker_may_be_killed_at_any_instant(sweep: Path, uri: str) -> None:
     ledger = make_ledger(sweep, uri)
     for number in range(40):

@@ -15,6 +15,7 @@ from repro_sweep.errors import TrackingError
 from repro_sweep.results import Failure, Sweep, Trial, find_sweep, read_trials, reading_uri, value_of
 from repro_sweep.standings import Entry, Row, columns, rank_points, usual_direction
 from repro_sweep.states import Direction, TrialState
+from repro_sweep.sweep import UNNAMED_METRIC
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,6 +135,8 @@ def _ranking(
     sweep: Sweep, found: Sequence[Trial], metric: str | None, direction: Direction | str | None
 ) -> Ranking:
     chosen = metric or sweep.metric
+    if chosen is None and any(UNNAMED_METRIC in trial.metrics for trial in found):
+        chosen, direction = UNNAMED_METRIC, direction or sweep.direction
     if chosen is None:
         raise TrackingError(f"sweep {sweep.name!r} names no metric; choose one: {_metric_names(found)}")
     values = {trial.number: value_of(trial, chosen) for trial in found}

@@ -94,7 +94,7 @@ class Trial:
         """
         import mlflow.artifacts
 
-        with _reading(self.uri):
+        with _reading(self.uri), _no_progress_bar():
             try:
                 found = mlflow.artifacts.download_artifacts(
                     run_id=self.run_id,
@@ -150,7 +150,8 @@ def reading_uri(uri: str | None) -> str:
         found = checked_uri(f"sqlite:///{cwd / EMBEDDED}", where="working directory", cwd=cwd)
     else:
         raise TrackingError(
-            f"no MLflow store: {ENVIRONMENT} is not set and there is no {EMBEDDED} in {cwd}; pass uri=…"
+            f"no MLflow store: {ENVIRONMENT} is not set and there is no {EMBEDDED} in {cwd};"
+            " name the store with uri=… (--uri on the command line)"
         )
     path = sqlite_path(found)
     if path is not None:
@@ -300,6 +301,20 @@ def _runs(
         token = page.token
         if not token:
             return
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """MLflow draws one for each artifact, unless the environment says otherwise."""
+    name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextlib.contextmanager
