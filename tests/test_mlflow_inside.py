@@ -61,7 +61,8 @@ def child(case, uri, run_id, experiment_id):
         inside.settle(failed=True)
         return {"resolved": resolved, "failed": traceback.format_exc(), "mlflow": "mlflow" in sys.modules}
     inside.settle()
-    return {"resolved": resolved, "failed": "", "mlflow": "mlflow" in sys.modules, "result": names.get("result"), "at once": "at_once" in names}
+    answer = {"resolved": resolved, "failed": "", "mlflow": "mlflow" in sys.modules}
+    return answer | {"result": names.get("result"), "at once": "at_once" in names}
 
 for line in sys.stdin:
     read, write = os.pipe()

@@ -144,10 +144,19 @@ class Coordinator:
 
     async def claim(self, message: protocol.Claim) -> protocol.Claimed:
         """A free slot asks for a trial."""
+        if message.finished is None:
+            return await self._next(message, message.wait_s)
+        if self._waiting:  # both in one commit
+            _, claimed = await asyncio.gather(self.finish(message.finished), self._next(message, 0.0))
+            return claimed
+        await self.finish(message.finished)
+        return await self._next(message, 0.0)
+
+    async def _next(self, message: protocol.Claim, wait_s: float) -> protocol.Claimed:
         known = self._running.get(message.attempt)
         if known is not None:
             return protocol.Claimed(assignment=known.assignment)
-        deadline = time.monotonic() + message.wait_s
+        deadline = time.monotonic() + wait_s
         while True:
             if self._over() or self._draining or message.worker not in self._workers:
                 return protocol.Claimed(over=True)

@@ -52,15 +52,6 @@ class Registered(Message):
     spec: str
 
 
-class Claim(Message):
-    """Slot ``slot`` is free; ``attempt`` is the id that the attempt shall have; wait at most ``wait_s`` for one."""
-
-    worker: str
-    slot: int
-    attempt: str
-    wait_s: Annotated[float, Field(ge=0, le=60)] = 20.0
-
-
 class Assignment(Message):
     """A trial to run: its number, absolute directory, Hydra overrides, and the config frozen at submission as YAML.
 
@@ -114,6 +105,19 @@ class Finish(Message):
     metric_missing: bool = False
     ended_at: float
     reports: tuple[Report, ...] = ()
+
+
+class Claim(Message):
+    """Slot ``slot`` is free; ``attempt`` is the id that its next attempt shall have; wait at most ``wait_s`` for one.
+
+    ``finished`` is what the slot has just ended. Such a claim is answered at once, with or without a trial.
+    """
+
+    worker: str
+    slot: int
+    attempt: str
+    wait_s: Annotated[float, Field(ge=0, le=60)] = 20.0
+    finished: Finish | None = None
 
 
 class Heartbeat(Message):

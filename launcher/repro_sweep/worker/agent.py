@@ -54,7 +54,10 @@ class Agent:
         self._nursery = Nursery(registered.spec)
         self._running: dict[str, Run] = {}
         self._outbox: list[protocol.Report] = []
-        self._sending = threading.Lock()
+        self._outbox_lock = threading.Lock()
+        self._sending = (
+            threading.Lock()
+        )  # held while reports are on their way, so that a finish comes after them
         self._stopping = threading.Event()
         self._lost = False
 
@@ -87,7 +90,8 @@ class Agent:
 
     def report(self, report: protocol.Report) -> None:
         """Queue a trial's report for sending."""
-        self._outbox.append(report)
+        with self._outbox_lock:
+            self._outbox.append(report)
 
     def find_run(self, attempt: str) -> dict[str, Any]:
         """The MLflow run of an attempt's trial."""
@@ -99,44 +103,56 @@ class Agent:
 
     def _slot(self, slot: int) -> None:
         self._nursery.wait_ready()
+        finished: protocol.Finish | None = None
         try:
             while not self._stopping.is_set():
-                claim = protocol.Claim(worker=self._worker, slot=slot, attempt=uuid.uuid4().hex)
+                claim = protocol.Claim(
+                    worker=self._worker, slot=slot, attempt=uuid.uuid4().hex, finished=finished
+                )
                 claimed = self._client.post("/claim", claim, protocol.Claimed)
+                self._delivered(finished)
+                finished = None
                 if claimed.assignment is not None:
-                    self._run(claimed.assignment, self._gpus[slot])
+                    finished = self._run(claimed.assignment, self._gpus[slot])
                 elif claimed.over:
                     return
-        except CoordinatorLostError as error:
+            if finished is not None:
+                self._client.post("/finish", finished, protocol.Acknowledged)
+                self._delivered(finished)
+        except (CoordinatorLostError, ProtocolError) as error:
             log.error("%s", error)  # noqa: TRY400  (one line says it all)
             self._lost = True
             self._stopping.set()
 
-    def _run(self, assignment: protocol.Assignment, gpus: tuple[str, ...]) -> None:
+    def _run(self, assignment: protocol.Assignment, gpus: tuple[str, ...]) -> protocol.Finish:
         run = Run(self, self._nursery, self._spec, assignment, gpus)
         self._running[assignment.attempt] = run
-        try:
-            result = run.run()
-            with self._sending:
-                mine = tuple(report for report in self._outbox if report.attempt == assignment.attempt)
-                self._outbox = [report for report in self._outbox if report.attempt != assignment.attempt]
-            finish = protocol.Finish(
-                worker=self._worker, attempt=assignment.attempt, ended_at=time.time(), reports=mine, **result
-            )
-            self._client.post("/finish", finish, protocol.Acknowledged)
-        finally:
-            del self._running[assignment.attempt]
+        if self._stopping.is_set():
+            run.kill(FailureKind.CANCELLED)
+        result = run.run()
+        with self._sending, self._outbox_lock:
+            mine = tuple(report for report in self._outbox if report.attempt == assignment.attempt)
+            self._outbox = [report for report in self._outbox if report.attempt != assignment.attempt]
+        return protocol.Finish(
+            worker=self._worker, attempt=assignment.attempt, ended_at=time.time(), reports=mine, **result
+        )
+
+    def _delivered(self, finished: protocol.Finish | None) -> None:
+        if finished is not None:
+            del self._running[finished.attempt]
 
     def _flush_reports(self) -> None:
         while not self._lost:
             time.sleep(_FLUSH_S)
             with self._sending:
-                batch, self._outbox = tuple(self._outbox), []
+                with self._outbox_lock:
+                    batch, self._outbox = tuple(self._outbox), []
                 if batch:
                     try:
                         message = protocol.Reports(worker=self._worker, reports=batch)
                         self._client.post("/report", message, protocol.Acknowledged)
-                    except CoordinatorLostError:
+                    except (CoordinatorLostError, ProtocolError) as error:
+                        log.error("%s", error)  # noqa: TRY400  (one line says it all)
                         return
 
     def _heartbeat(self, *, leaving: bool = False) -> None:
