@@ -322,3 +322,14 @@ def test_infinities_are_infinities_again(tmp_path_factory: pytest.TempPathFactor
     assert found[0].metrics == {"accuracy": 3.0, "only_reported": -math.inf}
     assert best_trial("grid", uri=uri).number == 0
     assert rank("grid", uri=uri).rows[1].mean == -math.inf
+
+
+def test_trials_with_equal_params_but_other_configs_are_not_averaged() -> None:
+    """Such as before and after an override of a key that the sweep does not vary."""
+    entries = [
+        Entry(number=0, params={"lr": 0.1}, state=TrialState.COMPLETE, value=0.2, point="short"),
+        Entry(number=1, params={"lr": 0.1}, state=TrialState.COMPLETE, value=0.4, point="short"),
+        Entry(number=2, params={"lr": 0.1}, state=TrialState.COMPLETE, value=0.9, point="long"),
+    ]
+    rows = rank_points(entries, Direction.MAXIMIZE)
+    assert [(row.trials, row.n) for row in rows] == [((2,), 1), ((0, 1), 2)]

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from repro_sweep import protocol
-from repro_sweep.errors import LedgerError, SweepError
+from repro_sweep.errors import SweepError
 from repro_sweep.executors.base import Executor, WorkerState
 from repro_sweep.journal import Journal
 from repro_sweep.ledger import Attempt, Ledger, Outcome, now
@@ -146,7 +146,7 @@ class Coordinator:
         """A free slot asks for a trial."""
         if message.finished is None:
             return await self._next(message, message.wait_s)
-        if self._waiting:  # both in one commit
+        if self._waiting and message.finished.state is not TrialState.FAIL:  # both in one commit
             _, claimed = await asyncio.gather(self.finish(message.finished), self._next(message, 0.0))
             return claimed
         await self.finish(message.finished)
@@ -170,7 +170,7 @@ class Coordinator:
         self._starting += 1  # it is neither waiting nor running until it is committed
         try:
             return protocol.Claimed(assignment=await self._start(number, message))
-        except LedgerError:
+        except BaseException:
             self._waiting.appendleft(number)
             raise
         finally:
@@ -194,7 +194,8 @@ class Coordinator:
             metrics=message.metrics,
             ended_at=message.ended_at,
         )
-        self._fruitless = 0
+        if message.kind is not FailureKind.NODE_LOST:
+            self._fruitless = 0
         if message.metric_missing and self._fatal is None:
             self._fatal = SweepError(message.message or "the task does not return the metric")
             self.stop()
@@ -347,7 +348,9 @@ class Coordinator:
         await self._end(attempt, outcome)
 
     async def _lose(self, worker: str, why: str) -> None:
-        lost = self._workers.pop(worker)
+        lost = self._workers.pop(worker, None)
+        if lost is None:
+            return
         for attempt in list(lost.attempts):
             await self._end_lost(attempt, why)
         self._measure()
@@ -371,11 +374,11 @@ class Coordinator:
 
     async def _look_after_workers(self, executor: Executor) -> None:
         status = executor.poll()
-        for name in list(self._workers):
+        for name, worker in list(self._workers.items()):
             found = status.get(name)
             if found is not None and found.state is WorkerState.ENDED:
                 await self._lose(name, f"its worker {found.detail}")
-            elif time.monotonic() - self._workers[name].seen > _WORKER_SILENT_S:
+            elif time.monotonic() - worker.seen > _WORKER_SILENT_S:
                 await self._lose(name, f"its worker has been silent for {_WORKER_SILENT_S:.0f} s")
 
     async def _wait_for_workers(self, executor: Executor) -> None:

@@ -29,6 +29,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE trials (
     number     INTEGER PRIMARY KEY,
     identity   TEXT NOT NULL UNIQUE,
+    point      TEXT NOT NULL,
     directory  TEXT NOT NULL,
     overrides  TEXT NOT NULL,
     params     TEXT NOT NULL,
@@ -71,7 +72,8 @@ CREATE INDEX reports_trial ON reports (trial, seq);
 class NewTrial:
     """A trial to be recorded: its Hydra overrides, swept values, and its composed config as YAML.
 
-    ``directory`` is where its files go, below the sweep's directory unless it is absolute.
+    ``directory`` is where its files go, below the sweep's directory unless it is absolute. ``point`` is the same for
+    the repeats of one point, and for nothing else; empty where that is told by ``params`` alone.
     """
 
     number: int
@@ -81,6 +83,7 @@ class NewTrial:
     params: Mapping[str, object]
     repeat: Mapping[str, object]
     config: str
+    point: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,7 @@ class Trial:
     state: TrialState
     attempt: str | None
     change: int
+    point: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,15 +228,15 @@ class Ledger:
     def add_trials(self, trials: Iterable[NewTrial]) -> None:
         """Record trials as WAITING; their numbers and identities are new."""
         sql = (
-            "INSERT INTO trials (number, identity, directory, overrides, params, repeat, config, state, change)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            "INSERT INTO trials (number, identity, point, directory, overrides, params, repeat, config, state, change)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         )
         for trial in trials:
             overrides, params, repeat = (
                 json.dumps(each) for each in (trial.overrides, trial.params, trial.repeat)
             )
-            row = (trial.number, trial.identity, trial.directory, overrides, params, repeat, trial.config)
-            self._execute(sql, (*row, TrialState.WAITING, self._next_change()))
+            row = (trial.number, trial.identity, trial.point, trial.directory, overrides, params, repeat)
+            self._execute(sql, (*row, trial.config, TrialState.WAITING, self._next_change()))
 
     def start_attempt(self, attempt: Attempt) -> None:
         """Record that an attempt has been handed out; its trial is RUNNING."""
@@ -264,9 +268,10 @@ class Ledger:
             raise LedgerError(f"{self.path}: {error}") from error
 
     def finish_attempt(self, attempt: str, trial: int, outcome: Outcome, *, again: bool = False) -> None:
-        """Record an attempt's end. ``again``: the trial waits for another attempt instead of ending."""
-        self._execute(
-            "UPDATE attempts SET state = ?, kind = ?, message = ?, metrics = ?, ended_at = ? WHERE id = ?",
+        """Record an attempt's end, once; ``again``: its trial waits for another attempt instead of ending."""
+        done = self._execute(
+            "UPDATE attempts SET state = ?, kind = ?, message = ?, metrics = ?, ended_at = ?"
+            " WHERE id = ? AND state = 'RUNNING'",
             (
                 outcome.state,
                 outcome.kind,
@@ -276,7 +281,8 @@ class Ledger:
                 attempt,
             ),
         )
-        self._set_trial(trial, TrialState.WAITING if again else outcome.state, attempt)
+        if done.rowcount:
+            self._set_trial(trial, TrialState.WAITING if again else outcome.state, attempt)
 
     def close_open_attempts(self, why: str) -> None:
         """Before a coordinator takes over: attempts still RUNNING were lost, and their trials wait again."""
@@ -322,6 +328,10 @@ class Ledger:
     def next_number(self) -> int:
         """The number that the next new trial gets."""
         return self._scalar_int("SELECT coalesce(max(number) + 1, 0) FROM trials")
+
+    def directories(self) -> dict[str, int]:
+        """The number of the trial that each directory belongs to."""
+        return dict(self._execute("SELECT directory, number FROM trials"))
 
     def identities(self) -> dict[str, tuple[int, TrialState]]:
         """Number and state of every trial by its identity."""
@@ -409,15 +419,16 @@ class Ledger:
         )
 
 
-_TRIAL = "number, identity, directory, overrides, params, repeat, config, state, attempt, change"
+_TRIAL = "number, identity, point, directory, overrides, params, repeat, config, state, attempt, change"
 _ATTEMPT = "id, trial, ordinal, worker, slot, host, state, kind, message, metrics, started_at, ended_at"
 
 
 def _trial(row: tuple[object, ...]) -> Trial:
-    number, identity, directory, overrides, params, repeat, config, state, attempt, change = row
+    number, identity, point, directory, overrides, params, repeat, config, state, attempt, change = row
     return Trial(
         number=number,  # type: ignore[arg-type]  # STRICT tables: the columns have their declared types
         identity=str(identity),
+        point=str(point),
         directory=str(directory),
         overrides=tuple(json.loads(str(overrides))),
         params=json.loads(str(params)),

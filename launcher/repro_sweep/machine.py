@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -103,11 +104,8 @@ def _memory_gb() -> float:
     return min(total, total if limit == "max" else int(limit)) / _GIB
 
 
-def _gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Names for ``CUDA_VISIBLE_DEVICES``: what it says already, else all that nvidia-smi lists."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return tuple(part.strip() for part in visible.split(",") if part.strip() and part.strip() != "-1")
+@functools.cache
+def _listed_gpus() -> tuple[str, ...]:
     try:
         listed = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True
@@ -115,3 +113,11 @@ def _gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     return tuple(str(index) for index, line in enumerate(listed.splitlines()) if line.startswith("GPU "))
+
+
+def _gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Names for ``CUDA_VISIBLE_DEVICES``: what it says already, else all that nvidia-smi lists."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(part.strip() for part in visible.split(",") if part.strip() and part.strip() != "-1")
+    return _listed_gpus()

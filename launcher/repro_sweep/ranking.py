@@ -146,7 +146,13 @@ def _ranking(
         )
     rows = rank_points(
         (
-            Entry(number=trial.number, params=trial.params, state=trial.state, value=values[trial.number])
+            Entry(
+                number=trial.number,
+                params=trial.params,
+                state=trial.state,
+                value=values[trial.number],
+                point=trial.point,
+            )
             for trial in found
         ),
         chosen_direction := _direction(sweep, chosen, direction),

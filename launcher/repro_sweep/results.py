@@ -60,6 +60,7 @@ class Trial:
         failure: why it failed, None where it did not.
         run_id: the id of its MLflow run.
         identity: hash of task, config, source and data; equal identities are the same experiment.
+        point: hash of the same without the keys of ``sweep.repeats``; repeats of one point have it in common.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Trial:
     failure: Failure | None
     run_id: str
     identity: str
+    point: str = field(default="", repr=False)
     uri: str = field(repr=False)
 
     @property
@@ -249,6 +251,7 @@ def _trial(run: Any, uri: str) -> Trial:
         else None,
         run_id=run.info.run_id,
         identity=tags["identity"],
+        point=tags.get("point", ""),
         uri=uri,
     )
 

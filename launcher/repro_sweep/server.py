@@ -15,6 +15,8 @@ from fastapi import FastAPI
 
 from repro_sweep import protocol
 
+_LONGEST_FOLDER = 70  # a socket's path has 108 bytes at most
+
 
 class Handlers(Protocol):
     """What the coordinator answers; one method a path of :mod:`repro_sweep.protocol`."""
@@ -38,7 +40,8 @@ class Server:
     """Serves a coordinator's handlers from :meth:`start` to :meth:`stop`."""
 
     def __init__(self, handlers: Handlers) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="repro-sweep-")  # short enough for a socket's path
+        short = "/tmp" if len(tempfile.gettempdir()) > _LONGEST_FOLDER else None  # noqa: S108  (a private folder in it)
+        self._folder = tempfile.TemporaryDirectory(prefix="repro-sweep-", dir=short)
         self.path = str(Path(self._folder.name) / "coordinator.sock")
         config = uvicorn.Config(
             _app(handlers), log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=3600,

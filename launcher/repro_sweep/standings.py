@@ -19,12 +19,16 @@ _SMALLER_IS_BETTER = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What ranking needs of one trial; ``value`` is None where it has none."""
+    """What ranking needs of one trial; ``value`` is None where it has none.
+
+    ``point`` is the same for all repeats of a point; where it is empty, equal ``params`` make a point.
+    """
 
     number: int
     params: Mapping[str, object]
     state: TrialState
     value: float | None
+    point: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +51,14 @@ class Row:
 
 
 def rank_points(entries: Iterable[Entry], direction: Direction) -> list[Row]:
-    """Group trials by their params and order the groups.
+    """Group trials by their points and order the groups.
 
     Points with a finite mean come first, best mean first. Then those whose mean is not finite, then those without any
     value. Ties are ordered by the lowest trial number.
     """
     groups: dict[str, list[Entry]] = {}
     for entry in sorted(entries, key=lambda each: each.number):
-        groups.setdefault(_key(entry.params), []).append(entry)
+        groups.setdefault(entry.point or _key(entry.params), []).append(entry)
     rows = [_row(group, direction) for group in groups.values()]
     rows.sort(key=lambda row: (_place(row, direction), row.trials[0]))
     ranked: list[Row] = []

@@ -69,14 +69,21 @@ class Submission:
 
         Raises:
             LedgerError: it cannot be written.
+            SweepError: another command has changed the sweep since it was prepared.
         """
         directory = Path(self.spec.directory)
         exists = (directory / FILE_NAME).exists()
         ledger = Ledger.open(directory) if exists else Ledger.create(directory, self.spec)
         ledger.update_spec(self.spec)
         ledger.close_open_attempts("its coordinator ended")
-        ledger.set_states(self.withdrawn, TrialState.FAIL)
-        ledger.set_states(self.again, TrialState.WAITING)
+        states = dict(
+            ledger.states()
+        )  # it may have gone on since this was prepared: the lease is held only now
+        ledger.set_states((n for n in self.withdrawn if not states[n].is_done()), TrialState.FAIL)
+        ledger.set_states((n for n in self.again if not states[n].is_done()), TrialState.WAITING)
+        if any(trial.number in states for trial in self.new):
+            ledger.close()
+            raise SweepError(f"sweep '{self.spec.name}' has changed meanwhile; give the same command again")
         ledger.add_trials(self.new)
         ledger.commit()
         return ledger
@@ -131,11 +138,13 @@ class _Expansion:
         self._composer = composer
         self._known: dict[str, tuple[int, TrialState]] = {}
         self._number = 0
+        self._taken: dict[str, int] = {}
         directory = Path(spec.directory)
         if (directory / FILE_NAME).exists():
             ledger = Ledger.open(directory, readonly=True)
             self._known = ledger.identities()
             self._number = ledger.next_number()
+            self._taken = ledger.directories()
             spec = spec.model_copy(
                 update={"sweep_id": ledger.spec.sweep_id, "created_at": ledger.spec.created_at}
             )
@@ -186,6 +195,7 @@ class _Expansion:
         return NewTrial(
             number=self._number,
             identity=identity(self._spec.task.name, checked.container),
+            point=identity(self._spec.task.name, _without(checked.container, self._spec.repeats)),
             directory=self._directory(point),
             overrides=point.overrides,
             params=point.params,
@@ -206,9 +216,8 @@ class _Expansion:
             return ""
 
     def _check_directories(self, trials: Iterable[NewTrial]) -> None:
-        taken: dict[str, int] = {}
         for trial in trials if self._custom_subdir else ():
-            other = taken.setdefault(trial.directory, trial.number)
+            other = self._taken.setdefault(trial.directory, trial.number)
             if other != trial.number:
                 raise SweepError(
                     f"hydra.sweep.subdir: trials {other} and {trial.number} would share {trial.directory};"
@@ -350,6 +359,18 @@ def _check_confined(config: DictConfig, composer: Composer, overrides: Sequence[
                 f"sweep: the sweep's file also sets '{key}', outside of its own node;"
                 " put that under sweep.params or on the command line"
             )
+
+
+def _without(container: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A resolved config without some dotted keys, which are no part of what its repeats have in common."""
+    rest = dict(container)
+    for key in keys:
+        first, _, below = key.partition(".")
+        if below and isinstance(rest.get(first), dict):
+            rest[first] = _without(rest[first], [below])
+        elif not below:
+            rest.pop(first, None)
+    return rest
 
 
 def _only(config: DictConfig, key: str) -> DictConfig:

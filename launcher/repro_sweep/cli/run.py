@@ -21,7 +21,7 @@ from repro_sweep.cli.main import fail
 from repro_sweep.cli.summary import summarise
 from repro_sweep.cli.sweep import command_line, named_by_sweep
 from repro_sweep.coordinator import Coordinator
-from repro_sweep.errors import ReproSweepError
+from repro_sweep.errors import ReproSweepError, SweepError
 from repro_sweep.executors import base as executors
 from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
@@ -59,8 +59,11 @@ def run(submission: Submission) -> int:
     elif submission.done:
         say(f"{submission.done} trials are complete already, {submission.to_run} to run")
     directory = Path(submission.spec.directory)
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lease = Lease.acquire(directory, submission.spec.name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lease = Lease.acquire(directory, submission.spec.name)
+    except OSError as error:
+        raise SweepError(f"hydra.sweep.dir: {directory} cannot be used: {error}") from error
     try:
         return asyncio.run(_Session(submission, submission.record(), lease).run())
     finally:

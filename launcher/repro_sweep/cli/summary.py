@@ -52,7 +52,13 @@ def _print_ranking(spec: SweepSpec) -> None:
             if attempt.state is TrialState.COMPLETE
         }
         entries = [
-            Entry(number=trial.number, params=trial.params, state=trial.state, value=values.get(trial.number))
+            Entry(
+                number=trial.number,
+                params=trial.params,
+                state=trial.state,
+                value=values.get(trial.number),
+                point=trial.point,
+            )
             for trial in ledger.trials()
         ]
     finally:

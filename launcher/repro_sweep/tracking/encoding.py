@@ -200,6 +200,7 @@ def fixed_tags(spec: SweepSpec, trial: Trial, parent_run: str) -> dict[str, str]
             sweep_id=spec.sweep_id,
             trial=str(trial.number),
             identity=trial.identity,
+            point=trial.point,
             params=_fitting(trial.params),
             repeat=_fitting(trial.repeat),
             overrides=_fitting(trial.overrides),

@@ -6,6 +6,8 @@ It never runs user code itself (see ``zygote``). Each slot is a thread: claim, r
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -32,6 +34,7 @@ HEARTBEAT_S = 1.0
 _FLUSH_S = 0.25
 _CHUNK = 1 << 18
 _DRAIN_S = 1.0
+_PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +106,11 @@ class Agent:
 
     def _slot(self, slot: int) -> None:
         self._nursery.wait_ready()
+        if self._nursery.failed is not None:
+            log.error("%s", self._nursery.failed)
         finished: protocol.Finish | None = None
         try:
-            while not self._stopping.is_set():
+            while not self._stopping.is_set() and self._nursery.failed is None:
                 claim = protocol.Claim(
                     worker=self._worker, slot=slot, attempt=uuid.uuid4().hex, finished=finished
                 )
@@ -121,15 +126,27 @@ class Agent:
                 self._delivered(finished)
         except (CoordinatorLostError, ProtocolError) as error:
             log.error("%s", error)  # noqa: TRY400  (one line says it all)
-            self._lost = True
-            self._stopping.set()
+            self._lose()
+        except Exception:
+            log.exception("slot %d", slot)
+            self._lose()
+
+    def _lose(self) -> None:
+        """End this worker: a slot that died alone would keep its trial for ever."""
+        self._lost = True
+        self._stopping.set()
 
     def _run(self, assignment: protocol.Assignment, gpus: tuple[str, ...]) -> protocol.Finish:
         run = Run(self, self._nursery, self._spec, assignment, gpus)
         self._running[assignment.attempt] = run
         if self._stopping.is_set():
             run.kill(FailureKind.CANCELLED)
-        result = run.run()
+        try:
+            result = run.run()
+        except Exception as error:
+            log.exception("trial %d", assignment.trial)
+            run.kill(FailureKind.EXCEPTION)
+            result = _failure(FailureKind.EXCEPTION, f"the worker failed: {error!r}")
         with self._sending, self._outbox_lock:
             mine = tuple(report for report in self._outbox if report.attempt == assignment.attempt)
             self._outbox = [report for report in self._outbox if report.attempt != assignment.attempt]
@@ -153,15 +170,15 @@ class Agent:
                         self._client.post("/report", message, protocol.Acknowledged)
                     except (CoordinatorLostError, ProtocolError) as error:
                         log.error("%s", error)  # noqa: TRY400  (one line says it all)
-                        return
+                        self._lose()
 
     def _heartbeat(self, *, leaving: bool = False) -> None:
         message = protocol.Heartbeat(worker=self._worker, attempts=tuple(self._running), leaving=leaving)
         try:
             self._client.post("/heartbeat", message, protocol.Acknowledged)
-        except CoordinatorLostError:
-            self._lost = True
-            self._stopping.set()
+        except (CoordinatorLostError, ProtocolError) as error:
+            log.error("%s", error)  # noqa: TRY400  (one line says it all)
+            self._lose()
 
 
 class Run:
@@ -197,30 +214,32 @@ class Run:
         """Run the attempt to its end; returns the result's fields of :class:`protocol.Finish`."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            output = CappedLog(self._directory / LOG_NAME, self._limit)
-        except OSError as error:
-            return _failure(FailureKind.EXCEPTION, f"the trial's directory cannot be used: {error}")
-        if self._assignment.ordinal > 0:
-            output.write(f"[repro-sweep: attempt {self._assignment.ordinal + 1}]\n".encode())
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        read, write = os.pipe2(os.O_CLOEXEC)
-        try:
-            with ours:
-                with theirs:
-                    self._child = self._nursery.start(self._request(), theirs.fileno(), write)
-                    os.close(write)
-                if self._killed is not None:
-                    self._nursery.kill(self._child)
-                self._attend(self._child, ours, read, output)
+            with contextlib.ExitStack() as stack:
+                output = stack.enter_context(
+                    contextlib.closing(CappedLog(self._directory / LOG_NAME, self._limit))
+                )
+                if self._assignment.ordinal > 0:
+                    output.write(f"[repro-sweep: attempt {self._assignment.ordinal + 1}]\n".encode())
+                self._run(stack, output)
         except OSError as error:  # a full disk, for one: the trial ends, the worker lives
             self.kill(FailureKind.EXCEPTION)
-            return _failure(FailureKind.EXCEPTION, f"the trial's log cannot be written: {error}")
+            return _failure(FailureKind.EXCEPTION, f"its directory, log or process cannot be used: {error}")
+        return self._outcome()
+
+    def _run(self, stack: contextlib.ExitStack, output: CappedLog) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        stack.enter_context(ours)
+        read, write = os.pipe2(os.O_CLOEXEC)
+        stack.callback(os.close, read)
+        try:
+            with theirs:
+                self._child = self._nursery.start(self._request(), theirs.fileno(), write)
         finally:
-            os.close(read)
-            output.close()
-            if self._child is not None:
-                os.close(self._child.ended)
-        return self._outcome(self._child)
+            os.close(write)
+        stack.callback(self._child.close)
+        if self._killed is not None:
+            self._nursery.kill(self._child)
+        self._attend(self._child, ours, read, output)
 
     def _request(self) -> dict[str, Any]:
         assignment = self._assignment
@@ -242,7 +261,7 @@ class Run:
             deadline: float | None = None
             while selector.get_map():
                 ready = selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
-                if not ready:
+                if not ready or (deadline is not None and time.monotonic() >= deadline):
                     return  # a process that outlived its trial holds the other end
                 for key, _ in ready:
                     if key.fileobj is channel:
@@ -269,21 +288,24 @@ class Run:
                 )
                 self._seq += 1
             elif "run" in message:
-                channel.sendall(json.dumps(self._agent.find_run(self._assignment.attempt)).encode() + b"\n")
+                answer = json.dumps(self._agent.find_run(self._assignment.attempt))
+                with contextlib.suppress(OSError):  # it was killed while it waited
+                    channel.sendall(answer.encode() + b"\n")
             elif "imported" in message:
                 self._nursery.preload(message["imported"])
             else:
                 self._result = message["result"]
         return bool(data)
 
-    def _outcome(self, child: Child) -> dict[str, Any]:
+    def _outcome(self) -> dict[str, Any]:
+        child = self._child
         if self._result is not None:
             missing = self._result.pop("missing", False)
             return {**self._result, "metric_missing": missing}
         if self._killed is not None:
             return _failure(self._killed, "stopped")
-        if child.lost:
-            return _failure(FailureKind.NODE_LOST, "the worker's zygote was killed")
+        if child is None or child.lost:
+            return _failure(FailureKind.NODE_LOST, "the process that forks trials was killed")
         if child.refused is not None:
             return _failure(FailureKind.EXCEPTION, child.refused)
         return _failure(FailureKind.CRASH, _ending(child.status))
@@ -317,6 +339,9 @@ def main() -> None:
         "--slot", action="append", required=True, help="a slot's GPUs, such as 0,1; once for each slot"
     )
     args = parser.parse_args()
+    ctypes.CDLL(None).prctl(
+        _PR_SET_PDEATHSIG, signal.SIGTERM
+    )  # no trial runs on while the next coordinator has it too
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     gpus = [tuple(gpu for gpu in slot.split(",") if gpu) for slot in args.slot]
     try:

@@ -31,16 +31,26 @@ class Child:
 
     attempt: str
     ended: int
-    pid: int | None = None
     status: int | None = None
     refused: str | None = None
     lost: bool = False
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
-    def over(self, status: int | None = None, refused: str | None = None) -> None:
-        """Set the end and wake the slot."""
-        self.status, self.refused = status, refused
-        os.eventfd_write(self.ended, 1)
+    closed: bool = False
+    guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def over(self, status: int | None = None, refused: str | None = None, *, lost: bool = False) -> None:
+        """Set the end and wake the slot, if it still looks."""
+        with self.guard:
+            self.status, self.refused, self.lost = status, refused, lost
+            if not self.closed:
+                os.eventfd_write(self.ended, 1)
+
+    def close(self) -> None:
+        """The slot does not look any more; the process may still be ending."""
+        with self.guard:
+            self.closed = True
+            os.close(self.ended)
 
 
 class Nursery:
@@ -59,9 +69,9 @@ class Nursery:
         threading.Thread(target=self._read, daemon=True, name="zygote").start()
 
     @property
-    def hazard(self) -> str | None:
-        """Why trials are not forked, once the zygote is ready."""
-        return self._hazard
+    def failed(self) -> str | None:
+        """Why no trial can be started here any more."""
+        return self._failed
 
     def wait_ready(self) -> None:
         """Block until the task has been imported, or its import has failed."""
@@ -72,15 +82,17 @@ class Nursery:
         child = Child(attempt=request["run"], ended=os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self._ready.wait()
         with self._lock:
+            inline = self._hazard is not None
             if self._failed is not None:
-                child.over(refused=self._failed)
-            elif self._hazard is None:
+                child.over(lost=True)
+            elif not inline:
                 self._children[child.attempt] = child
                 try:
                     wire.send(self._sock, dict(request), [channel, output])
-                except OSError as error:
-                    child.over(refused=f"the worker's zygote is gone: {error}")
-        if self._failed is None and self._hazard is not None:
+                except OSError:  # the zygote is gone; the reader starts another
+                    del self._children[child.attempt]
+                    child.over(lost=True)
+        if inline:
             self._start_inline(child, request, channel, output)
         return child
 
@@ -129,8 +141,7 @@ class Nursery:
                 self._process, self._sock = _start(self._spec)
                 threading.Thread(target=self._read, daemon=True, name="zygote").start()
         for child in children:
-            child.lost = True
-            child.over()
+            child.over(lost=True)
         if self._failed is not None:
             self._ready.set()
 
@@ -143,21 +154,19 @@ class Nursery:
             if self._hazard is not None:
                 log.warning("the task cannot be forked: %s; each trial gets a new process", self._hazard)
             self._ready.set()
-        elif "started" in message:
-            with self._lock:
-                self._children[message["started"]].pid = message["pid"]
         else:
             with self._lock:
-                child = self._children.pop(message.get("ended") or message["refused"])
-            child.over(message.get("status"), message.get("message"))
+                child = self._children.pop(message.get("ended") or message["refused"], None)
+            if child is not None:
+                child.over(message.get("status"), message.get("message"))
 
     def _start_inline(self, child: Child, request: Mapping[str, Any], channel: int, output: int) -> None:
         process, sock = _start(self._spec, "--inline")
-        child.process, child.pid = process, process.pid
+        child.process = process
 
         def wait() -> None:
             refused = None
-            with sock:
+            with sock, contextlib.suppress(OSError):  # it may be killed at any moment
                 message, _ = wire.receive(sock)
                 if message is not None and "ready" in message:
                     wire.send(sock, dict(request), fds)

@@ -226,7 +226,7 @@ def _final_metrics(value: object, reported: Mapping[str, float], metric: str | N
         returned = {metric or UNNAMED_METRIC: value}
     for name, item in returned.items():
         try:
-            metrics[str(name)] = trial.as_number(item, f"returned metric '{name}'")
+            metrics[trial.metric_name(name)] = trial.as_number(item, f"returned metric '{name}'")
         except TypeError as error:
             if name == metric:
                 return _invalid(str(error), metrics)
@@ -265,6 +265,7 @@ def _one_line(error: BaseException) -> str:
         text = str(error).strip()
     except Exception:  # noqa: BLE001  (user code)
         text = "(its text cannot be had)"
+    text = text.encode("utf-8", "backslashreplace").decode()  # names of files may hold what no JSON can
     first = text.splitlines()[0] if text else ""
     if isinstance(error, DriftError | UserError):
         return first[:_MESSAGE_LIMIT]

@@ -52,6 +52,7 @@ class Context:
         self.send(report={"step": step, "time": time.time(), "metrics": dict(metrics)})
 
 
+_MOST_STEPS = 2**63
 _context: Context | None = None
 
 
@@ -76,7 +77,11 @@ def report(step: int, /, **metrics: float) -> None:
     """
     if not isinstance(step, numbers.Integral) or isinstance(step, bool):
         raise TypeError(f"report: step must be a whole number, got {step!r}")
-    numbers_ = {name: as_number(value, f"report: metric '{name}'") for name, value in metrics.items()}
+    if not -_MOST_STEPS <= step < _MOST_STEPS:
+        raise TypeError(f"report: step must fit into 64 bits, got {step!r}")
+    numbers_ = {
+        metric_name(name): as_number(value, f"report: metric '{name}'") for name, value in metrics.items()
+    }
     if _context is not None:
         _context.report(int(step), numbers_)
 
@@ -95,6 +100,11 @@ def checkpoint_dir() -> Path:
     Outside of a sweep it is ``checkpoints`` in Hydra's output directory, or in the working directory without Hydra.
     """
     return _folder("checkpoints")
+
+
+def metric_name(name: object) -> str:
+    """A metric's name as text that JSON and MLflow can hold."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def as_number(value: object, what: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     if len(head) < _LENGTH.size:
         return None, fds
     body = _exactly(sock, _LENGTH.unpack(head)[0])
+    for fd in fds:
+        os.set_inheritable(fd, False)
     return json.loads(body), fds
 
 

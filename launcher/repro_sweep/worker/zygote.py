@@ -6,7 +6,7 @@ process for each trial (``--inline``), which runs that one trial itself.
 
 Messages from the agent: ``{"spec"}`` first, then ``{"run": attempt, ...}`` with the trial's channel and output,
 ``{"kill": attempt}``, and ``{"preload": modules}`` that a trial had to import. To the agent: ``{"ready", "hazard"}`` or
-``{"failed"}``, then ``{"started"}`` or ``{"refused"}``, and ``{"ended", "status"}`` for each trial.
+``{"failed"}``, then ``{"refused", "message"}`` or ``{"ended", "status"}`` for each trial.
 """
 
 from __future__ import annotations
@@ -77,16 +77,18 @@ class Zygote:
                 wire.send(self._sock, {"ready": True, "hazard": hazard})
             return
         attempt = str(message["run"])
+        zygote = os.getpid()
         try:
             if self._runner.prepare(message):
                 memory.settle()
-        except UserError as error:
+            pid = os.fork()
+        except Exception as error:  # noqa: BLE001  (one trial's trouble must not end the others, which would die with us)
+            traceback.print_exc()
             for fd in fds:
                 os.close(fd)
-            wire.send(self._sock, {"refused": attempt, "message": str(error)})
+            text = str(error) if isinstance(error, UserError) else f"it could not be forked: {error!r}"
+            wire.send(self._sock, {"refused": attempt, "message": text})
             return
-        zygote = os.getpid()
-        pid = os.fork()
         if pid == 0:
             self._child(message, fds, zygote)
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -94,7 +96,6 @@ class Zygote:
         for fd in fds:
             os.close(fd)
         self._children[pid] = attempt
-        wire.send(self._sock, {"started": attempt, "pid": pid})
 
     def _child(self, message: dict[str, Any], fds: list[int], zygote: int) -> None:
         try:
@@ -103,9 +104,7 @@ class Zygote:
                 os._exit(1)
             os.setpgid(0, 0)
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _reset_signals()
             self._sock.close()
             os.close(self._wakeup)
             self._runner.run(message, fds)
@@ -137,6 +136,13 @@ class Zygote:
                 _kill_group(pid)  # what the trial left behind
                 self._kill_orphans(attempt)
                 wire.send(self._sock, {"ended": attempt, "status": os.waitstatus_to_exitcode(status)})
+
+
+def _reset_signals() -> None:
+    """As in a fresh process: the coordinator and the agent ignore some of them."""
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _environment(pid: int) -> list[bytes]:
@@ -182,6 +188,8 @@ def main() -> None:
         wire.send(sock, {"failed": str(error)})
         return
     if "--inline" in sys.argv:
+        _reset_signals()
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the agent's slot that started us outlives us
         wire.send(sock, {"ready": True, "hazard": None})
         message, fds = wire.receive(sock)
         if message is not None:
