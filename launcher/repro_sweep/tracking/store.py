@@ -121,7 +121,7 @@ class Store:
             found = store.get_experiment_by_name(name)
             if found is None:
                 try:
-                    return str(store.create_experiment(name, self._artifact_location(), []))
+                    return str(store.create_experiment(name, self._artifact_location(), _training()))
                 except Exception:
                     found = store.get_experiment_by_name(
                         name
@@ -331,6 +331,13 @@ def _safe_part(part: str) -> str:
     safe = re.sub(r"[^\w\- .]", "_", stem or suffix).strip()
     ending = re.sub(r"[^\w\-]", "_", suffix) if stem and dot else ""
     return f"{safe}-{digest(part)}" + (f".{ending}" if ending else "")
+
+
+def _training() -> list[Any]:
+    """The tag by which MLflow's pages open an experiment as one of model training."""
+    from mlflow.entities import ExperimentTag
+
+    return [ExperimentTag("mlflow.experimentKind", "custom_model_development")]
 
 
 @contextlib.contextmanager
