@@ -39,6 +39,9 @@ def main(
 ) -> int:
     """Prepare and run the sweep that Hydra composed; returns the exit status."""
     try:
+        launcher = config.hydra.runtime.choices.get("hydra/launcher")
+        if launcher not in (None, "basic"):
+            say(f"hydra/launcher={launcher} is not used: sweep/executor says where trials run")
         found = None if function is named_by_sweep else task.from_function(function)
         submission = prepare(config, loader, arguments, found, command_line())
         return planning.show(submission) if plan else run(submission)
