@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from repro_sweep import protocol
@@ -78,6 +79,8 @@ class Coordinator:
         self._best: Best | None = None
         self._failures: list[Failure] = []
         self._losses: Counter[int] = Counter()
+        for attempt in ledger.attempts():  # what earlier runs of the sweep have found
+            self._note_best(attempt.trial, attempt.state, attempt.metrics)
 
     # --- the user's side -------------------------------------------------------------------------------------
 
@@ -308,7 +311,7 @@ class Coordinator:
         elif outcome.state is TrialState.FAIL:
             self._note_failure(running, outcome)
         else:
-            self._note_best(running, outcome)
+            self._note_best(number, outcome.state, outcome.metrics)
         self._notify()
 
     def _again(self, number: int, kind: FailureKind | None) -> bool:
@@ -332,14 +335,14 @@ class Coordinator:
             log.warning("more than %d trials have failed (sweep.max_failures): nothing new starts", limit)
             self.drain()
 
-    def _note_best(self, running: _Running, outcome: Outcome) -> None:
-        value = outcome.metrics.get(self.spec.ranked_by)
-        if value is None or not math.isfinite(value) or outcome.state is not TrialState.COMPLETE:
+    def _note_best(self, number: int, state: TrialState, metrics: Mapping[str, float]) -> None:
+        value = metrics.get(self.spec.ranked_by)
+        if value is None or not math.isfinite(value) or state is not TrialState.COMPLETE:
             return
         best = self._best
         larger = self.spec.direction is Direction.MAXIMIZE
         if best is None or (value > best.value if larger else value < best.value):
-            self._best = Best(trial=running.trial, value=value)
+            self._best = Best(trial=number, value=value)
 
     async def _end_lost(self, attempt: str, why: str) -> None:
         outcome = Outcome(
