@@ -218,8 +218,8 @@ def test_a_grid_needs_no_sweep_file(make_project: MakeProject) -> None:
         "4 adam None", "4 sgd 0.5", "5 adam None", "5 sgd 0.5",
     ]  # fmt: skip
     assert [trial.params for trial in sweep.trials][:2] == [
-        {"x": 4, "optimizer": "adam"},
-        {"x": 4, "optimizer": "sgd"},
+        {"x": 4, "optimizer": "adam", "extra": "a b"},
+        {"x": 4, "optimizer": "sgd", "extra": "a b"},
     ]
     assert yaml.safe_load(sweep.trials[0].config)["extra"] == "a b"
 

@@ -96,7 +96,8 @@ def environment() -> dict[str, str]:
 @pytest.mark.timeout(900)
 def test_the_main_job_ends_in_a_ranked_table(finished: subprocess.CompletedProcess[str]) -> None:
     assert finished.returncode == 0, finished.stderr
-    table = finished.stdout.strip().splitlines()
+    title, *table = finished.stdout.strip().splitlines()
+    assert title == "by val_accuracy, maximize:"
     assert table[0].split()[0] == "#"
     assert "val_accuracy" in table[0]
     assert table[1].split()[0] == "1"

@@ -519,7 +519,7 @@ def test_hydras_params_come_first_and_give_way_to_equal_keys() -> None:
             {"params": {"x": "interval(0,1)"}},
             [
                 "sweep.params.x: interval is continuous; a grid needs values: use range(…), choice(…) or ",
-                "a comma list, or a search: sweep/sampler=tpe; got 'interval(0,1)'",
+                "a comma list; got 'interval(0,1)'",
             ],
         ),
         ({"overrides": ["x=tag(log, interval(1,2))"]}, ["command line, x: interval is continuous"]),

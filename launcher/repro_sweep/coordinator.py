@@ -64,9 +64,10 @@ class Coordinator:
         self.spec = spec
         self._journal = Journal(ledger)
         self._tracker = tracker
-        self._states = dict(ledger.states())
+        withdrawn = ledger.withdrawn
+        self._states = {number: state for number, state in ledger.states() if number not in withdrawn}
         self._waiting = deque(number for number, state in self._states.items() if state is TrialState.WAITING)
-        self._counts = ledger.counts()
+        self._counts = dict.fromkeys(TrialState, 0) | Counter(self._states.values())
         self._running: dict[str, _Running] = {}
         self._workers: dict[str, _Worker] = {}
         self._starting = 0

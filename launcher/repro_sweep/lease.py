@@ -36,7 +36,9 @@ class Lease:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise SweepError(f"sweep '{name}' is already running: {_holder(path)}") from None
+            raise SweepError(
+                f"sweep '{name}' is already running: {_holder(path)}; see it with 'repro-sweep rank {name}'"
+            ) from None
         return cls(path, fd)
 
     def announce(self, ledger: Ledger, socket_path: str) -> int:
@@ -66,6 +68,8 @@ def _holder(path: Path) -> str:
     try:
         record = json.loads(path.read_text())
         since = datetime.fromtimestamp(record["since"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return f"process {record['pid']} on {record['host']} since {since}"
+        return (
+            f"process {record['pid']} on {record['host']} since {since} (kill -INT {record['pid']} ends it)"
+        )
     except (OSError, ValueError, KeyError):
         return f"another process has locked {path}"

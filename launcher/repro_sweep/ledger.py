@@ -293,6 +293,15 @@ class Ledger:
                 )
                 self.finish_attempt(attempt.id, attempt.trial, outcome, again=True)
 
+    def set_withdrawn(self, numbers: Iterable[int]) -> None:
+        """Note the trials that are no part of the sweep any more: they stay as they are, and are not handed out."""
+        self.set_meta("withdrawn", json.dumps(list(numbers)))
+
+    @property
+    def withdrawn(self) -> frozenset[int]:
+        """The trials that are no part of the sweep any more."""
+        return frozenset(json.loads(self.meta("withdrawn") or "[]"))
+
     def set_states(self, numbers: Iterable[int], state: TrialState) -> None:
         """Set the state of trials that no attempt is running."""
         for number in numbers:

@@ -138,7 +138,10 @@ def _ranking(
     if chosen is None and any(UNNAMED_METRIC in trial.metrics for trial in found):
         chosen, direction = UNNAMED_METRIC, direction or sweep.direction
     if chosen is None:
-        raise TrackingError(f"sweep {sweep.name!r} names no metric; choose one: {_metric_names(found)}")
+        raise TrackingError(
+            f"sweep {sweep.name!r} names no metric; choose one with metric=… (--metric on the command line):"
+            f" {_metric_names(found)}"
+        )
     values = {trial.number: value_of(trial, chosen) for trial in found}
     if metric is not None and metric != sweep.metric and all(value is None for value in values.values()):
         raise TrackingError(

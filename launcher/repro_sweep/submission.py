@@ -10,13 +10,14 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,8 +33,9 @@ from repro_sweep.ledger import FILE_NAME, Ledger, NewTrial, now
 from repro_sweep.points import Point
 from repro_sweep.provenance.source import git_state
 from repro_sweep.search import base as searchers
+from repro_sweep.standings import usual_direction
 from repro_sweep.states import Direction, TrialState
-from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
+from repro_sweep.sweep import UNNAMED_METRIC, Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
 from repro_sweep.tracking.uri import check_writable, resolve_uri
 
 _HYDRA_DIR = "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"
@@ -48,7 +50,7 @@ class Submission:
     """A sweep that is ready to start.
 
     ``new`` are the trials that its ledger does not hold; ``again`` the numbers of those that it holds unfinished or
-    failed, ``withdrawn`` those it holds unfinished but that are no part of the sweep any more; ``done`` counts the
+    failed, ``withdrawn`` those it holds unfinished that are no part of the sweep any more; ``done`` counts the
     finished ones.
     """
 
@@ -79,7 +81,7 @@ class Submission:
         states = dict(
             ledger.states()
         )  # it may have gone on since this was prepared: the lease is held only now
-        ledger.set_states((n for n in self.withdrawn if not states[n].is_done()), TrialState.FAIL)
+        ledger.set_withdrawn(self.withdrawn)
         ledger.set_states((n for n in self.again if not states[n].is_done()), TrialState.WAITING)
         if any(trial.number in states for trial in self.new):
             ledger.close()
@@ -128,14 +130,15 @@ def prepare(
     _check_startable(spec)
     sampler = searchers.load(spec.sampler)
     searcher = sampler.searcher(space)  # type: ignore[call-arg]  # a grid's only argument
-    return _Expansion(spec, composer).run(iter(searcher.ask, None))
+    return _Expansion(spec, composer, _fixed(task_overrides)).run(iter(searcher.ask, None))
 
 
 class _Expansion:
     """Composes and checks each point and compares it with what the ledger holds."""
 
-    def __init__(self, spec: SweepSpec, composer: Composer) -> None:
+    def __init__(self, spec: SweepSpec, composer: Composer, fixed: Mapping[str, object]) -> None:
         self._composer = composer
+        self._fixed = fixed
         self._known: dict[str, tuple[int, TrialState]] = {}
         self._number = 0
         self._taken: dict[str, int] = {}
@@ -198,7 +201,10 @@ class _Expansion:
             point=identity(self._spec.task.name, _without(checked.container, self._spec.repeats)),
             directory=self._directory(point),
             overrides=point.overrides,
-            params=point.params,
+            params={
+                **point.params,
+                **{key: self._fixed[key] for key in self._fixed if key not in point.repeat},
+            },
             repeat=point.repeat,
             config=checked.yaml,
         )
@@ -283,6 +289,18 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return theirs, mine
 
 
+def _fixed(arguments: Sequence[str]) -> dict[str, object]:
+    """What the command line sets for all trials; rankings show it, as another command may set something else."""
+    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    return {
+        override.key_or_group: override.get_value_string()
+        if isinstance(override.value(), QuotedString | dict | list)
+        else override.value()
+        for override in parsed
+        if not (override.is_sweep_override() or override.is_delete() or override.is_hydra_override())
+    }
+
+
 def _is_ours(config: DictConfig) -> bool:
     return "sweep" in config and OmegaConf.get_type(config, "sweep") is SweepConf
 
@@ -338,7 +356,8 @@ def _task(options: SweepConf, found: TaskSpec | None) -> TaskSpec:
         return found
     if options.task is None:
         raise SweepError(
-            "sweep.task: is missing; name the task function, such as sweep.task=package.module.function"
+            "sweep.task: is missing; choose a sweep with +sweep=NAME, or name the task function:"
+            " sweep.task=package.module.function"
         )
     spec = task.from_dotted(options.task, "sweep.task")
     task.load(spec)
@@ -413,7 +432,7 @@ def _spec(
             command, git_commit=git.commit if git else None, git_dirty=git.dirty if git else None
         ),
         metric=options.metric,
-        direction=_direction(options.direction),
+        direction=_direction(options.direction, options.metric),
         executor_name=str(choices.get("sweep/executor") or "local"),
         executor=_plain(options.executor),
         sampler=str(choices.get("sweep/sampler") or "grid"),
@@ -432,7 +451,9 @@ def _plain(node: object) -> dict[str, object]:
     return plain
 
 
-def _direction(text: str) -> Direction:
+def _direction(text: str | None, metric: str | None) -> Direction:
+    if text is None:
+        return usual_direction(metric or UNNAMED_METRIC)
     try:
         return Direction(text)
     except ValueError:

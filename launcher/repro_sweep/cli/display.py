@@ -93,7 +93,7 @@ def table(progress: Progress) -> Table:
     finished = total - counts[TrialState.WAITING] - counts[TrialState.RUNNING]
     grid = Table.grid(padding=(0, 1), expand=False)
     grid.add_column(width=24)
-    grid.add_column()
+    grid.add_column(no_wrap=True, overflow="ellipsis")
     grid.add_row(ProgressBar(total=max(total, 1), completed=finished, width=24), line(progress))
     return grid
 

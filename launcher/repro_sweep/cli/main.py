@@ -74,7 +74,8 @@ def _dispatch(first: str, arguments: list[str]) -> int:
 
 def fail(message: str) -> int:
     """Print a mistake of the user's; returns the exit status for it."""
-    print(f"repro-sweep: {message}", file=sys.stderr)
+    for line in message.splitlines():
+        print(f"repro-sweep: {line}", file=sys.stderr)
     return 2
 
 

@@ -26,7 +26,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("name", help="the sweep's name")
     parser.add_argument("--metric", help="by default the sweep's own")
-    parser.add_argument("--direction", choices=["maximize", "minimize"], help="by default the sweep's own")
+    parser.add_argument(
+        "--direction",
+        choices=["maximize", "minimize"],
+        help="by default the sweep's own, or what is usual for the name of another metric",
+    )
     parser.add_argument("--top", type=_positive, metavar="N", help="only the best N points")
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table")
     parser.add_argument(

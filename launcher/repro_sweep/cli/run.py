@@ -57,20 +57,25 @@ def run(submission: Submission) -> int:
     Raises:
         ReproSweepError: it cannot be started, or cannot go on.
     """
-    if submission.to_run == 0:
-        say(f"all {submission.done} trials are complete already; nothing to run")
-    elif submission.done:
-        say(f"{submission.done} trials are complete already, {submission.to_run} to run")
     directory = Path(submission.spec.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         lease = Lease.acquire(directory, submission.spec.name)
     except OSError as error:
         raise SweepError(f"hydra.sweep.dir: {directory} cannot be used: {error}") from error
+    _say_what_is_done(submission)
     try:
         return asyncio.run(_Session(submission, submission.record(), lease).run())
     finally:
         lease.release()
+
+
+def _say_what_is_done(submission: Submission) -> None:
+    done, total = submission.done, submission.done + submission.to_run
+    if submission.to_run == 0:
+        say(f"{done} of {total} trials are complete already; nothing to run")
+    elif done:
+        say(f"{done} of {total} trials are complete already, {submission.to_run} to run")
 
 
 class _Session:
@@ -136,6 +141,7 @@ class _Session:
             say("interrupted: nothing new starts, running trials finish; once more to stop them")
             self._coordinator.drain()
         else:
+            say("interrupted again: running trials are stopped")
             self._terminate()
 
     def _terminate(self) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from repro_sweep.cli.display import duration
 from repro_sweep.cli.rankings import table
 from repro_sweep.ledger import Ledger
-from repro_sweep.progress import Progress
+from repro_sweep.progress import Failure, Progress
 from repro_sweep.standings import Entry, rank_points
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
@@ -16,6 +17,7 @@ from repro_sweep.worker.agent import LOG_NAME
 
 _SHOWN_POINTS = 10
 _SHOWN_FAILURES = 10
+_SHOWN_ALIKE = 3
 
 
 def summarise(spec: SweepSpec, progress: Progress, left: int) -> bool:
@@ -31,6 +33,8 @@ def summarise(spec: SweepSpec, progress: Progress, left: int) -> bool:
     if progress.elapsed_s > 0:
         print(f"; slots {progress.busy:.0%} busy over {duration(progress.elapsed_s)}", end="")
     print()
+    if counts[TrialState.WAITING]:
+        print("the same command again goes on with what is waiting")
     if left:
         print(
             f"{left} trials are not in MLflow yet ({spec.tracking.uri}); the same command again brings them there"
@@ -51,6 +55,7 @@ def _print_ranking(spec: SweepSpec) -> None:
             for attempt in ledger.attempts()
             if attempt.state is TrialState.COMPLETE
         }
+        names = sorted({name for attempt in ledger.attempts() for name in attempt.metrics})
         entries = [
             Entry(
                 number=trial.number,
@@ -64,19 +69,30 @@ def _print_ranking(spec: SweepSpec) -> None:
     finally:
         ledger.close()
     if all(value is None for value in values.values()):
+        _print_no_ranking(spec, names)
         return
     rows = rank_points(entries, spec.direction)
-    print(f"\n{table(rows[:_SHOWN_POINTS], spec.ranked_by)}")
+    print(f"\nby {spec.ranked_by}, {spec.direction}:\n{table(rows[:_SHOWN_POINTS], spec.ranked_by)}")
     if len(rows) > _SHOWN_POINTS:
         print(f"… {len(rows) - _SHOWN_POINTS} more: repro-sweep rank {spec.name}")
+
+
+def _print_no_ranking(spec: SweepSpec, names: Sequence[str]) -> None:
+    if spec.metric is None and names:
+        print(f"\nno ranking: the sweep names no metric (sweep.metric={'|'.join(names[:5])});", end=" ")
+        print(f"see repro-sweep rank {spec.name} --metric {names[0]}")
 
 
 def _print_failures(progress: Progress) -> None:
     if not progress.failures:
         return
     print(f"\n{len(progress.failures)} failed:")
-    for failure in progress.failures[:_SHOWN_FAILURES]:
+    alike: dict[tuple[str, str], list[Failure]] = {}
+    for failure in sorted(progress.failures, key=lambda each: each.trial):
+        alike.setdefault((failure.kind, failure.message), []).append(failure)
+    shown = [failure for group in alike.values() for failure in group[:_SHOWN_ALIKE]][:_SHOWN_FAILURES]
+    for failure in shown:
         message = failure.message.splitlines()[0] if failure.message else ""
         print(f"  trial {failure.trial}  {failure.kind}  {message}  {Path(failure.directory) / LOG_NAME}")
-    if len(progress.failures) > _SHOWN_FAILURES:
-        print(f"  … {len(progress.failures) - _SHOWN_FAILURES} more: see trial.log in each one's directory")
+    if len(progress.failures) > len(shown):
+        print(f"  … {len(progress.failures) - len(shown)} more: see trial.log in each one's directory")

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str], *, forced: Sequence[str] = ()) -> int:
     try:
         show = _shown(hydra, parser, args, config_name)
         if show is None:
-            _multirun(hydra, config_name, [*args.overrides, *_FORCED, *forced])
+            _multirun(hydra, config_name, args.overrides, [*_FORCED, *forced])
         else:
             with mapped_errors(args.overrides):
                 show()
@@ -72,12 +72,12 @@ def main(arguments: Sequence[str], *, forced: Sequence[str] = ()) -> int:
     return 0
 
 
-def _multirun(hydra: Hydra, config_name: str, overrides: list[str]) -> None:
+def _multirun(hydra: Hydra, config_name: str, overrides: Sequence[str], forced: Sequence[str]) -> None:
     """``Hydra.multirun``, in which only what Hydra itself says of the configuration is the user's mistake."""
     with mapped_errors(overrides):
         config = hydra.compose_config(
             config_name=config_name,
-            overrides=overrides,
+            overrides=[*overrides, *forced],
             run_mode=RunMode.MULTIRUN,
             with_log_configuration=False,
         )

@@ -96,7 +96,7 @@ class Grammar:
         if override.is_interval_sweep():
             raise SpaceError(
                 f"{where}: interval is continuous; a grid needs values: use range(…), choice(…) or "
-                f"a comma list, or a search: sweep/sampler=tpe; got {override.get_value_string()!r}"
+                f"a comma list; got {override.get_value_string()!r}"
             )
         try:
             if isinstance(override._value, RangeSweep):

@@ -44,7 +44,7 @@ class SweepConf:
     name: str | None = None
     task: str | None = None
     metric: str | None = None
-    direction: str = "maximize"
+    direction: str | None = None
     params: Any = None
     zip: list[list[str]] = field(default_factory=list)
     exclude: list[dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The parts of a worker that make a trial cheap change nothing that a trial can see."""
+"""What makes a trial cheap cannot be seen in it; what differs between two runs of a sweep can."""
 
 from __future__ import annotations
 
@@ -128,13 +128,35 @@ def test_the_same_command_with_another_override_is_not_averaged_with_the_first(
     assert first.returncode == 0, first.stderr
     second = project.run("+sweep=twice", "epochs=10")
     assert second.returncode == 0, second.stderr
-    rows = [line.split() for line in second.stdout.splitlines() if line[:1].isdigit()]
-    assert [(row[2], row[5]) for row in rows] == [
-        ("20.0000", "2"),
-        ("10.0000", "2"),
-        ("2.0000", "2"),
-        ("1.0000", "2"),
+    head, *rows = [line for line in second.stdout.splitlines() if line[:1].isdigit() or line[:1] == "#"]
+    assert head.split() == ["#", "x", "epochs", "score", "n", "trials"]
+    assert [(row.split()[-1], float(row.split()[-5])) for row in rows] == [
+        ("6,7", 20.0),
+        ("4,5", 10.0),
+        ("2,3", 2.0),
+        ("0,1", 1.0),
     ]
+
+
+def test_a_failed_trial_that_is_no_part_of_the_sweep_any_more_is_left_alone(
+    make_project: MakeProject,
+) -> None:
+    project = make_project({"conf/config.yaml": CONFIG, "conf/sweep/twice.yaml": SWEEP, "job.py": TASK})
+    assert project.run("+sweep=twice", "x=3,1").returncode == 1
+    again = project.run("+sweep=twice", "x=1,2")
+    assert again.returncode == 0, again.stderr
+    assert "twice: 4 complete;" in again.stdout
+    states = [trial.state for trial in project.sweep("twice").trials]
+    assert sorted(states) == [TrialState.COMPLETE] * 4 + [TrialState.FAIL] * 2
+
+
+def test_a_loss_is_minimized_unless_the_sweep_says_otherwise(make_project: MakeProject) -> None:
+    task = "def train(cfg):\n    return {'loss': cfg.x}\n"
+    project = make_project({"conf/config.yaml": CONFIG, "conf/sweep/twice.yaml": SWEEP, "job.py": task})
+    usual = project.run("+sweep=twice", "sweep.metric=loss")
+    assert "by loss, minimize:" in usual.stdout, usual.stderr
+    said = project.run("+sweep=twice", "sweep.metric=loss", "sweep.direction=maximize", "sweep.name=other")
+    assert "by loss, maximize:" in said.stdout, said.stderr
 
 
 def test_an_error_text_that_no_json_can_hold_is_recorded_all_the_same(make_project: MakeProject) -> None:
