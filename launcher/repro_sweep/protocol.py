@@ -24,8 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from repro_sweep.states import FailureKind, TrialState
 
-VERSION = 1
-
 Metrics = dict[str, float]
 
 
@@ -43,7 +41,6 @@ class Register(Message):
     pid: int
     slots: Annotated[int, Field(ge=1)]
     gpus: tuple[tuple[str, ...], ...] = ()
-    version: int = VERSION
 
 
 class Registered(Message):

@@ -78,9 +78,8 @@ class Submission:
         ledger = Ledger.open(directory) if exists else Ledger.create(directory, self.spec)
         ledger.update_spec(self.spec)
         ledger.close_open_attempts("its coordinator ended")
-        states = dict(
-            ledger.states()
-        )  # it may have gone on since this was prepared: the lease is held only now
+        # The sweep may have gone on since this was prepared: the lease is held only now.
+        states = dict(ledger.states())
         ledger.set_withdrawn(self.withdrawn)
         ledger.set_states((n for n in self.again if not states[n].is_done()), TrialState.WAITING)
         if any(trial.number in states for trial in self.new):

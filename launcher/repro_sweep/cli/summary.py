@@ -13,6 +13,7 @@ from repro_sweep.progress import Failure, Progress
 from repro_sweep.standings import Entry, rank_points
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
+from repro_sweep.tracking.uri import is_http
 from repro_sweep.worker.agent import LOG_NAME
 
 _SHOWN_POINTS = 10
@@ -40,7 +41,7 @@ def summarise(spec: SweepSpec, progress: Progress, left: int) -> bool:
             f"{left} trials are not in MLflow yet ({spec.tracking.uri}); the same command again brings them there"
         )
     uri = shlex.quote(spec.tracking.uri)
-    if spec.tracking.uri.startswith("http"):
+    if is_http(spec.tracking.uri):
         print(f"MLflow: {spec.tracking.uri}, experiment {spec.tracking.experiment}")
     else:
         print(f"see it in a browser: mlflow ui --backend-store-uri {uri}")

@@ -95,7 +95,6 @@ class _Loop:
         self._out = out
         self._wake = threading.Event()
         self._commands: queue.SimpleQueue[dict[str, object] | None] = queue.SimpleQueue()
-        self._told = ""
         self._told_at = 0.0
         self._stop = False
         self._eof = False
