@@ -16,7 +16,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Self
 
-from repro_sweep.ledger import Attempt, Ledger, Trial
+from repro_sweep.ledger import Ledger
+from repro_sweep.records import Attempt, Trial
 from repro_sweep.states import TrialState
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("repro-sweep")

@@ -284,7 +284,7 @@ def test_final_metrics_come_after_all_reported_ones_and_repeat_none() -> None:
 
 
 def test_only_the_latest_of_very_many_attempts_fit_the_history() -> None:
-    from repro_sweep.ledger import Attempt, Trial
+    from repro_sweep.records import Attempt, Trial
 
     trial = Trial(
         number=0,

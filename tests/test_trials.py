@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 from helpers import Project, Sweep
 
-from repro_sweep.ledger import Attempt, Ledger
+from repro_sweep.ledger import Ledger
+from repro_sweep.records import Attempt
 from repro_sweep.states import FailureKind, TrialState
 
 MakeProject = Callable[..., Project]

@@ -25,8 +25,9 @@ from repro_sweep.errors import LedgerError, SweepError, TaskError
 from repro_sweep.executors.base import Executor, WorkerState, WorkerStatus
 from repro_sweep.journal import Journal
 from repro_sweep.lease import Lease
-from repro_sweep.ledger import Attempt, Ledger, NewTrial, Outcome
+from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Meter
+from repro_sweep.records import Attempt, NewTrial, Outcome
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
 from repro_sweep.worker import trial

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from repro_sweep.ledger import Attempt, Ledger, NewTrial, Outcome
+from repro_sweep.ledger import Ledger
+from repro_sweep.records import Attempt, NewTrial, Outcome
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
 from repro_sweep.tracking.encoding import Curve, milliseconds, points_of

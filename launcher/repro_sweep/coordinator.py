@@ -2,7 +2,7 @@
 
 It hands waiting trials to workers that claim them, takes their reports and results, and keeps as many workers alive as
 there is work for. It runs from the ledger alone and must never import the user's code. It answers nobody before what
-it says is committed.
+it says is committed. What an earlier coordinator of the sweep left running goes on: its workers come and register.
 """
 
 from __future__ import annotations
@@ -11,45 +11,73 @@ import asyncio
 import contextlib
 import logging
 import math
+import shutil
 import time
-from collections import Counter, deque
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
-from repro_sweep import protocol
-from repro_sweep.errors import SweepError
+from repro_sweep import protocol, retries, spool
+from repro_sweep.errors import LeaseLostError, SweepError
 from repro_sweep.executors.base import Executor, WorkerState
+from repro_sweep.failpoints import failpoint
+from repro_sweep.handout import Group, Handout
 from repro_sweep.journal import Journal
-from repro_sweep.ledger import Attempt, Ledger, Outcome, now
+from repro_sweep.lease import RENEW_S, Lease
+from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Best, Failure, Meter, Progress
+from repro_sweep.records import Attempt, NewReport, Outcome, Reused, now
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking.process import TrackerProcess
 
+_T = TypeVar("_T")
 _POLL_S = 0.25
+_LOOK_AT_DISK_S = 1.0
 _WORKER_SILENT_S = 60.0
+_OWN_PAUSE_S = 5.0
 _FRUITLESS_WORKERS = 3
+_KILLED_WORKERS = 20
 _CLOSE_S = 15.0
-_MOST_LOSSES = 3
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Worker:
+    """A worker; without slots it is expected back: an earlier coordinator has given it trials."""
+
     host: str
-    slots: int
     seen: float
+    slots: int = 0
+    gpus: tuple[tuple[str, ...], ...] = ()
+    outdated: bool = False
     attempts: set[str] = field(default_factory=set)
+
+    def group(self, name: str, slot: int) -> Group:
+        return name, self.gpus[slot] if slot < len(self.gpus) else ()
 
 
 @dataclass(slots=True)
 class _Running:
     trial: int
     worker: str
+    slot: int
+    group: Group
     assignment: protocol.Assignment
     started: float
-    reports: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """What the ledger made of the end of an attempt."""
+
+    accepted: bool
+    outcome: Outcome
+    again: bool = False
+    alone: bool = False
 
 
 class Coordinator:
@@ -60,28 +88,55 @@ class Coordinator:
         spec: SweepSpec,
         ledger: Ledger,
         tracker: TrackerProcess | None,
+        lease: Lease | None = None,
     ) -> None:
         self.spec = spec
+        self._directory = Path(spec.directory)
         self._journal = Journal(ledger)
         self._tracker = tracker
-        withdrawn = ledger.withdrawn
-        self._states = {number: state for number, state in ledger.states() if number not in withdrawn}
-        self._waiting = deque(number for number, state in self._states.items() if state is TrialState.WAITING)
-        self._counts = dict.fromkeys(TrialState, 0) | Counter(self._states.values())
-        self._running: dict[str, _Running] = {}
-        self._workers: dict[str, _Worker] = {}
-        self._starting = 0
+        self._lease = lease
         self._changed = asyncio.Event()
+        self._starting: dict[str, tuple[int, asyncio.Future[protocol.Assignment]]] = {}
+        self._searching = False
         self._draining = False
         self._stopping = False
+        self._cancelling: set[int] = set()
         self._fatal: SweepError | None = None
-        self._fruitless = 0
+        self._superseded: LeaseLostError | None = None
+        self._fruitless: Counter[bool] = Counter()
+        self._no_space: str | None = None
         self._meter = Meter()
         self._best: Best | None = None
         self._failures: list[Failure] = []
-        self._losses: Counter[int] = Counter()
+        self._retried = 0
+        self._running: dict[str, _Running] = {}
+        self._workers: dict[str, _Worker] = {}
+        withdrawn = ledger.withdrawn
+        states = dict(ledger.states())
+        self._states = {number: state for number, state in states.items() if number not in withdrawn}
+        self._handout = Handout()
+        self._take_over(ledger, states)
+        self._counts = dict.fromkeys(TrialState, 0) | Counter(self._states.values())
         for attempt in ledger.attempts():  # what earlier runs of the sweep have found
             self._note_best(attempt.trial, attempt.state, attempt.metrics)
+
+    def _take_over(self, ledger: Ledger, states: Mapping[int, TrialState]) -> None:
+        """Expect the workers that an earlier coordinator has left, with what they run."""
+        for attempt in ledger.open_attempts():
+            worker = self._workers.setdefault(attempt.worker, _Worker(attempt.host, time.monotonic()))
+            worker.attempts.add(attempt.id)
+            group = worker.group(attempt.worker, attempt.slot)
+            self._handout.occupy(group)
+            self._states[attempt.trial] = TrialState.RUNNING
+            assignment = self._assignment(ledger, attempt)
+            self._running[attempt.id] = _Running(
+                attempt.trial, attempt.worker, attempt.slot, group, assignment, time.monotonic()
+            )
+        tried = {number for number, _, _, started in ledger.changes() if started}
+        for number, state in states.items():
+            if state is TrialState.WAITING and number in self._states:
+                alone = number in tried and self._must_be_alone(ledger, number)
+                self._handout.add(number, alone=alone)
 
     # --- the user's side -------------------------------------------------------------------------------------
 
@@ -102,23 +157,69 @@ class Coordinator:
             counts={**self._counts, TrialState.RUNNING: len(self._running)},
             slots=sum(worker.slots for worker in self._workers.values()),
             busy=self._meter.busy(),
-            seconds_left=self._meter.seconds_left(len(self._waiting) + len(self._running)),
+            seconds_left=self._meter.seconds_left(len(self._handout) + len(self._running)),
             elapsed_s=self._meter.elapsed_s(),
             best=self._best,
             failures=tuple(self._failures),
             draining=self._draining,
             not_tracked=self._tracker.progress.left if self._tracker is not None else 0,
+            retried=self._retried,
+            paused=self._paused,
         )
+
+    async def status(self, _message: protocol.StatusRequest) -> Progress:
+        """The same for another process."""
+        return self.progress()
+
+    async def cancel(self, message: protocol.Cancel) -> protocol.Cancelled:
+        """The user cancels trials, or stops the sweep."""
+        if message.trials is None:
+            self.stop()
+            return protocol.Cancelled()
+        waiting = self._handout.discard(message.trials)
+        if waiting:
+            await self._write(lambda ledger: ledger.cancel(waiting))
+            for number in waiting:
+                self._set_state(number, TrialState.FAIL)
+        running = {each.trial for each in self._running.values()} | {
+            each for each, _ in self._starting.values()
+        }
+        running.intersection_update(message.trials)
+        self._cancelling |= running
+        self._notify()
+        return protocol.Cancelled(trials=tuple(sorted({*waiting, *running})))
+
+    async def reuse(self, search: Awaitable[Mapping[str, Reused]]) -> int:
+        """Hand out nothing before other sweeps' results are known, and take them over; returns how many there were.
+
+        ``search`` gives them by the identity of the trial.
+        """
+        self._searching = True
+        try:
+            found = await search
+            taken = await self._write(lambda ledger: self._reuse(ledger, found)) if found else []
+            self._handout.discard(number for number, _ in taken)
+            for number, value in taken:
+                self._set_state(number, TrialState.COMPLETE)
+                self._note_best(number, TrialState.COMPLETE, value.metrics)
+            return len(taken)
+        finally:
+            self._searching = False
+            self._notify()
 
     async def run(self, executor: Executor) -> None:
         """Run until no trial is waiting or running, or until drained or stopped.
 
         Raises:
             SweepError: the sweep cannot go on (no worker stays alive, the task does not return the metric).
+            LeaseLostError: another coordinator has taken the sweep over, with its workers.
             LedgerError: the ledger cannot be written.
         """
+        keeper = asyncio.create_task(self._keep_lease())
         try:
+            await self._recover()
             while not self._over():
+                self._check(keeper)
                 self._keep_workers(executor)
                 await self._look_after_workers(executor)
                 if self._stopping:
@@ -127,70 +228,76 @@ class Coordinator:
                 await self._wait_for_change(_POLL_S)
             await self._wait_for_workers(executor)
         finally:
-            await asyncio.to_thread(executor.close, _CLOSE_S)
-            for attempt in list(self._running):
-                await self._end_lost(attempt, "its worker ended")
+            keeper.cancel()
+            if self._superseded is None:
+                self._stopping = True  # what its workers stop now is to be run again
+                await asyncio.to_thread(executor.close, _CLOSE_S)
+                for attempt in list(self._running):
+                    await self._end_lost(attempt, "its worker ended")
+        self._check(keeper)
+        failpoint("sweep.over")
         if self._fatal is not None:
             raise self._fatal
 
     async def close(self) -> None:
-        """Commit and close the ledger."""
-        await self._journal.close()
+        """Commit, give the lease back, and close the ledger."""
+        lease = self._lease
+        await self._journal.close(last=None if lease is None or self._superseded else lease.release)
+        if lease is not None:
+            lease.drop()
 
     # --- the workers' side (see protocol) --------------------------------------------------------------------
 
     async def register(self, message: protocol.Register) -> protocol.Registered:
-        """A worker offers its slots."""
-        if message.worker not in self._workers:
-            self._workers[message.worker] = _Worker(message.host, message.slots, time.monotonic())
-            self._measure()
-        return protocol.Registered(spec=self.spec.model_dump_json())
+        """A worker offers its slots; or comes back, with what it runs."""
+        worker = self._workers.setdefault(message.worker, _Worker(message.host, time.monotonic()))
+        worker.seen = time.monotonic()
+        worker.slots, worker.gpus = message.slots, message.gpus
+        for running in (self._running[attempt] for attempt in worker.attempts):
+            self._handout.release(running.group, running.trial)
+            running.group = worker.group(message.worker, running.slot)
+            self._handout.occupy(running.group)
+        worker.outdated = bool(message.spec) and self._differs(message.spec)
+        for attempt in worker.attempts - set(message.attempts) - set(self._starting):
+            await self._end_lost(attempt, "its worker does not have it any more")
+        self._measure()
+        return protocol.Registered(spec=self.spec.model_dump_json(), stop=await self._ended(message.attempts))
 
     async def claim(self, message: protocol.Claim) -> protocol.Claimed:
         """A free slot asks for a trial."""
-        if message.finished is None:
+        finished = message.finished
+        if finished is None:
             return await self._next(message, message.wait_s)
-        if self._waiting and message.finished.state is not TrialState.FAIL:  # both in one commit
-            _, claimed = await asyncio.gather(self.finish(message.finished), self._next(message, 0.0))
+        if len(self._handout) and finished.state is not TrialState.FAIL:  # both in one commit
+            _, claimed = await asyncio.gather(self.finish(finished), self._next(message, 0.0))
             return claimed
-        await self.finish(message.finished)
+        await self.finish(finished)
         return await self._next(message, 0.0)
-
-    async def _next(self, message: protocol.Claim, wait_s: float) -> protocol.Claimed:
-        known = self._running.get(message.attempt)
-        if known is not None:
-            return protocol.Claimed(assignment=known.assignment)
-        deadline = time.monotonic() + wait_s
-        while True:
-            if self._over() or self._draining or message.worker not in self._workers:
-                return protocol.Claimed(over=True)
-            if self._waiting:
-                break
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return protocol.Claimed()
-            await self._wait_for_change(left)
-        number = self._waiting.popleft()
-        self._starting += 1  # it is neither waiting nor running until it is committed
-        try:
-            return protocol.Claimed(assignment=await self._start(number, message))
-        except BaseException:
-            self._waiting.appendleft(number)
-            raise
-        finally:
-            self._starting -= 1
 
     async def report(self, message: protocol.Reports) -> protocol.Acknowledged:
         """Metrics that running trials reported."""
-        await self._record(message.reports)
-        return protocol.Acknowledged()
+        reports: dict[str, list[NewReport]] = {}
+        for report in message.reports:
+            reports.setdefault(report.attempt, []).append(_new_report(report))
+
+        def change(ledger: Ledger) -> list[str]:
+            late = [attempt for attempt, rows in reports.items() if not ledger.add_reports(attempt, rows)]
+            for attempt in late:
+                ledger.note(attempt, "a report came too late and was refused")
+            return late
+
+        late = await self._write(change)
+        for attempt in late:
+            log.warning("attempt %s had ended before: a report of it was refused", attempt)
+        return protocol.Acknowledged(refused=bool(late))
 
     async def finish(self, message: protocol.Finish) -> protocol.Acknowledged:
         """An attempt ended; a repeated message changes nothing."""
-        running = self._running.get(message.attempt)
-        if running is None:
-            return protocol.Acknowledged()
-        await self._record(message.reports)
+        if message.kind is not FailureKind.NODE_LOST:
+            self._fruitless.clear()
+        if message.metric_missing and message.attempt in self._running and self._fatal is None:
+            self._fatal = SweepError(message.message or "the task does not return the metric")
+            self.stop()
         outcome = Outcome(
             state=message.state,
             kind=message.kind,
@@ -198,22 +305,23 @@ class Coordinator:
             metrics=message.metrics,
             ended_at=message.ended_at,
         )
-        if message.kind is not FailureKind.NODE_LOST:
-            self._fruitless = 0
-        if message.metric_missing and self._fatal is None:
-            self._fatal = SweepError(message.message or "the task does not return the metric")
-            self.stop()
-        await self._end(message.attempt, outcome)
-        return protocol.Acknowledged()
+        reports = [_new_report(each) for each in message.reports]
+        accepted = await self._end(message.attempt, outcome, reports)
+        return protocol.Acknowledged(refused=not accepted)
 
-    async def heartbeat(self, message: protocol.Heartbeat) -> protocol.Acknowledged:
+    async def heartbeat(self, message: protocol.Heartbeat) -> protocol.Beat:
         """The worker lives, or leaves."""
         worker = self._workers.get(message.worker)
-        if worker is not None:
-            worker.seen = time.monotonic()
-            if message.leaving:
-                await self._lose(message.worker, "its worker left")
-        return protocol.Acknowledged()
+        if worker is None or not worker.slots:
+            return protocol.Beat(known=message.leaving)
+        worker.seen = time.monotonic()
+        if message.leaving:
+            await self._lose(message.worker, "its worker left")
+            return protocol.Beat()
+        mine = (self._running.get(attempt) for attempt in message.attempts)
+        cancelled = {each.assignment.attempt for each in mine if each and each.trial in self._cancelling}
+        gone = [attempt for attempt in message.attempts if attempt not in self._running]
+        return protocol.Beat(stop=(*cancelled, *(await self._ended(gone) if gone else ())))
 
     async def run_reference(self, message: protocol.RunRequest) -> protocol.RunReference:
         """The MLflow run of a running trial."""
@@ -226,101 +334,169 @@ class Coordinator:
             return protocol.RunReference(error=str(error))
         return protocol.RunReference(run_id=run.run_id, uri=run.uri, experiment_id=run.experiment_id)
 
-    # --- inside ----------------------------------------------------------------------------------------------
+    # --- handing out -----------------------------------------------------------------------------------------
 
-    def _over(self) -> bool:
-        return not self._running and not self._starting and (self._draining or not self._waiting)
+    async def _next(self, message: protocol.Claim, wait_s: float) -> protocol.Claimed:
+        deadline = time.monotonic() + wait_s
+        while True:
+            if message.attempt in self._starting:  # the same claim again, while the first is being committed
+                return protocol.Claimed(assignment=await asyncio.shield(self._starting[message.attempt][1]))
+            known = self._running.get(message.attempt)
+            if known is not None:
+                return protocol.Claimed(assignment=known.assignment)
+            worker = self._workers.get(message.worker)
+            if self._over() or self._draining or (worker is not None and worker.outdated):
+                return protocol.Claimed(over=True)
+            if worker is not None and worker.slots and not self._searching and self._paused is None:
+                number = self._handout.take(worker.group(message.worker, message.slot))
+                if number is not None:
+                    return protocol.Claimed(assignment=await self._start(number, worker, message))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return protocol.Claimed()
+            await self._wait_for_change(min(left, 1.0))
 
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+    async def _start(self, number: int, worker: _Worker, claim: protocol.Claim) -> protocol.Assignment:
+        """Commit that a trial is handed out. A task of its own: the claim may be given up meanwhile."""
+        task = asyncio.ensure_future(self._commit_start(number, worker, claim))
+        self._starting[claim.attempt] = number, task
+        task.add_done_callback(lambda _: self._starting.pop(claim.attempt, None))
+        return await asyncio.shield(task)
 
-    async def _wait_for_change(self, timeout_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
-
-    def _measure(self) -> None:
-        slots = sum(worker.slots for worker in self._workers.values())
-        self._meter.set(slots=slots, running=len(self._running))
-
-    def _set_state(self, number: int, state: TrialState) -> None:
-        self._counts[self._states[number]] -= 1
-        self._counts[state] += 1
-        self._states[number] = state
-
-    async def _start(self, number: int, claim: protocol.Claim) -> protocol.Assignment:
-        worker = self._workers[claim.worker]
+    async def _commit_start(self, number: int, worker: _Worker, claim: protocol.Claim) -> protocol.Assignment:
+        group = worker.group(claim.worker, claim.slot)
         started_at = now()
 
         def change(ledger: Ledger) -> protocol.Assignment:
-            trial = ledger.trial(number)
-            ordinal = len(ledger.attempts(number))
             attempt = Attempt(
-                id=claim.attempt, trial=number, ordinal=ordinal, worker=claim.worker, slot=claim.slot,
-                host=worker.host, state=TrialState.RUNNING, kind=None, message=None, metrics={},
+                id=claim.attempt, trial=number, ordinal=len(ledger.attempts(number)), worker=claim.worker,
+                slot=claim.slot, host=worker.host, state=TrialState.RUNNING, kind=None, message=None, metrics={},
                 started_at=started_at, ended_at=None,
             )  # fmt: skip
             ledger.start_attempt(attempt)
-            return protocol.Assignment(
-                attempt=claim.attempt, trial=number, ordinal=ordinal, overrides=trial.overrides, config=trial.config,
-                directory=str(self.spec.trial_directory(trial.directory)),
-            )  # fmt: skip
+            return self._assignment(ledger, attempt)
 
-        assignment = await self._journal.write(change)
-        self._running[claim.attempt] = _Running(number, claim.worker, assignment, time.monotonic())
+        try:
+            assignment = await self._write(change)
+        except BaseException:
+            self._handout.release(group, number)
+            self._handout.add(number, first=True)
+            raise
+        self._running[claim.attempt] = _Running(
+            number, claim.worker, claim.slot, group, assignment, time.monotonic()
+        )
         worker.attempts.add(claim.attempt)
         self._set_state(number, TrialState.RUNNING)
         self._measure()
-        if claim.worker not in self._workers:
+        if self._workers.get(claim.worker) is not worker:
             await self._end_lost(claim.attempt, "its worker ended")
         return assignment
 
-    async def _record(self, reports: tuple[protocol.Report, ...]) -> None:
-        """Record reports that are new; each attempt's come in order, and again after a lost reply."""
-        fresh: dict[str, list[tuple[int, float, protocol.Metrics]]] = {}
-        for report in reports:
-            running = self._running.get(report.attempt)
-            if running is not None and report.seq == running.reports:
-                running.reports += 1
-                fresh.setdefault(report.attempt, []).append((report.step, report.time, report.metrics))
-        if fresh:
-            trials = {attempt: self._running[attempt].trial for attempt in fresh}
+    def _assignment(self, ledger: Ledger, attempt: Attempt) -> protocol.Assignment:
+        trial = ledger.trial(attempt.trial)
+        return protocol.Assignment(
+            attempt=attempt.id, trial=trial.number, ordinal=attempt.ordinal, overrides=trial.overrides,
+            config=trial.config, directory=str(self.spec.trial_directory(trial.directory)),
+        )  # fmt: skip
 
-            def change(ledger: Ledger) -> None:
-                for attempt, rows in fresh.items():
-                    ledger.add_reports(trials[attempt], attempt, rows)
+    def _must_be_alone(self, ledger: Ledger, number: int) -> bool:
+        past = retries.past_failures(ledger.trial(number), ledger.attempts(number))
+        return bool(past) and past[-1] in retries.ALONE
 
-            await self._journal.write(change)
+    def _reuse(self, ledger: Ledger, found: Mapping[str, Reused]) -> list[tuple[int, Reused]]:
+        waiting = [trial for trial in ledger.trials(states=[TrialState.WAITING]) if trial.identity in found]
+        taken = [(trial.number, found[trial.identity]) for trial in waiting if trial.number in self._states]
+        for number, value in taken:
+            ledger.reuse(number, value)
+        return taken
 
-    async def _end(self, attempt: str, outcome: Outcome) -> None:
+    # --- ends ------------------------------------------------------------------------------------------------
+
+    async def _end(self, attempt: str, outcome: Outcome, reports: list[NewReport]) -> bool:
+        """Record an attempt's last reports and its end; returns whether it was taken, now or before."""
         running = self._running.get(attempt)
-        if running is None:
-            return
-        number = running.trial
-        again = self._again(number, outcome.kind)
-        await self._journal.write(lambda ledger: ledger.finish_attempt(attempt, number, outcome, again=again))
-        if self._running.pop(attempt, None) is None:
-            return  # the same message, twice at the same time
+        ended = await self._write(lambda ledger: self._record_end(ledger, attempt, outcome, reports))
+        if not ended.accepted or running is None or self._running.pop(attempt, None) is None:
+            return ended.accepted  # too late, or the same message twice
+        outcome, number = ended.outcome, running.trial
         worker = self._workers.get(running.worker)
         if worker is not None:
             worker.attempts.discard(attempt)
-        self._set_state(number, TrialState.WAITING if again else outcome.state)
+        self._handout.release(running.group, number)
+        self._cancelling.discard(number)
+        self._set_state(number, TrialState.WAITING if ended.again else outcome.state)
         self._meter.finished(time.monotonic() - running.started)
         self._measure()
-        if again:
-            self._waiting.appendleft(number)
+        if ended.again:
+            self._retried += 1
+            self._handout.add(number, first=outcome.kind is not FailureKind.EXCEPTION, alone=ended.alone)
         elif outcome.state is TrialState.FAIL:
             self._note_failure(running, outcome)
         else:
             self._note_best(number, outcome.state, outcome.metrics)
         self._notify()
+        return True
 
-    def _again(self, number: int, kind: FailureKind | None) -> bool:
-        """Whether a failed attempt is none of its trial's fault; one whose worker is lost again and again may be."""
-        if kind is FailureKind.NODE_LOST:
-            self._losses[number] += 1
-            return self._losses[number] < _MOST_LOSSES
-        return kind is FailureKind.CANCELLED
+    def _record_end(self, ledger: Ledger, attempt: str, outcome: Outcome, reports: list[NewReport]) -> _Ended:
+        """In the ledger's thread: decide from what is committed, and from nothing else."""
+        found = ledger.attempt(attempt)
+        if found is None:
+            return _Ended(accepted=False, outcome=outcome)
+        if found.state is not TrialState.RUNNING:
+            if found.ended_at == outcome.ended_at:
+                return _Ended(accepted=True, outcome=outcome)  # the same message again
+            ledger.note(attempt, f"its result ({outcome.state}) came too late and was refused")
+            log.warning("attempt %s had ended before: its result was refused", attempt)
+            return _Ended(accepted=False, outcome=outcome)
+        trial = ledger.trial(found.trial)
+        cancelled = outcome.kind is not None and trial.number in self._cancelling
+        again = outcome.kind is FailureKind.CANCELLED and not cancelled
+        if cancelled:
+            outcome = _as(outcome, FailureKind.CANCELLED)
+        elif again and not self._stopping:  # something else has stopped the worker, such as its cluster
+            outcome = _as(outcome, FailureKind.PREEMPTED)
+        past = retries.past_failures(trial, ledger.attempts(trial.number))
+        if not cancelled and outcome.kind is not FailureKind.CANCELLED:
+            again = retries.tries_again(self.spec.limits.retries, outcome.kind, past)
+        ledger.add_reports(attempt, reports)
+        ledger.finish_attempt(attempt, outcome, again=again, cancelled=cancelled)
+        return _Ended(accepted=True, outcome=outcome, again=again, alone=outcome.kind in retries.ALONE)
+
+    async def _end_lost(self, attempt: str, why: str) -> None:
+        """A worker does not run an attempt any more; what it left on disk counts."""
+        running = self._running.get(attempt)
+        if running is None:
+            return
+        kept = spool.result_of(self._directory, running.worker, attempt)
+        if kept is not None:
+            await self._deliver(kept)
+            return
+        outcome = Outcome(
+            state=TrialState.FAIL, kind=FailureKind.NODE_LOST, message=why, metrics={}, ended_at=now()
+        )
+        directory = Path(running.assignment.directory)
+        await self._end(attempt, outcome, spool.reports_of(directory, attempt))
+        spool.drop_reports(directory, attempt)
+
+    async def _deliver(self, kept: protocol.Finish) -> None:
+        await self.finish(kept)
+        failpoint("spool.recorded")
+        spool.drop_result(self._directory, kept.worker, kept.attempt)
+
+    async def _recover(self) -> None:
+        """Take the results that found no coordinator."""
+        for kept in spool.results(self._directory):
+            failpoint("spool.read")
+            await self._deliver(kept)
+
+    async def _ended(self, attempts: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+        """Those of the attempts that must not run any more."""
+
+        def find(ledger: Ledger) -> tuple[str, ...]:
+            found = (ledger.attempt(attempt) for attempt in attempts)
+            return tuple(each.id for each in found if each and each.state is not TrialState.RUNNING)
+
+        return await self._write(find) if attempts else ()
 
     def _note_failure(self, running: _Running, outcome: Outcome) -> None:
         self._failures.append(
@@ -345,36 +521,29 @@ class Coordinator:
         if best is None or (value > best.value if larger else value < best.value):
             self._best = Best(trial=number, value=value)
 
-    async def _end_lost(self, attempt: str, why: str) -> None:
-        outcome = Outcome(
-            state=TrialState.FAIL, kind=FailureKind.NODE_LOST, message=why, metrics={}, ended_at=now()
-        )
-        await self._end(attempt, outcome)
-
-    async def _lose(self, worker: str, why: str) -> None:
-        lost = self._workers.pop(worker, None)
-        if lost is None:
-            return
-        for attempt in list(lost.attempts):
-            await self._end_lost(attempt, why)
-        self._measure()
-        self._notify()
+    # --- workers ---------------------------------------------------------------------------------------------
 
     def _keep_workers(self, executor: Executor) -> None:
-        if self._draining:
+        if self._draining or self._paused is not None:
             return
-        alive = sum(status.state is WorkerState.ALIVE for status in executor.poll().values())
-        missing = executor.wanted(len(self._waiting) + len(self._running)) - alive
-        if missing > 0:
-            if self._fruitless >= _FRUITLESS_WORKERS:
-                ended = [status.detail for status in executor.poll().values() if status.detail]
-                raise SweepError(
-                    f"sweep/executor={self.spec.executor_name}: {self._fruitless} workers in a row ended without"
-                    f" finishing a trial (the last: {ended[-1] if ended else 'unknown'});"
-                    f" see {self.spec.directory}/workers/*/worker.log"
-                )
-            executor.start(missing)
-            self._fruitless += 1
+        statuses = executor.poll()
+        alive = sum(status.state is WorkerState.ALIVE for status in statuses.values())
+        missing = executor.wanted(len(self._handout) + len(self._running)) - alive
+        if missing <= 0:
+            return
+        ended = [status.detail for status in statuses.values() if status.detail]
+        killed = bool(ended) and ended[-1].startswith("killed by")
+        fruitless = self._fruitless[killed]
+        if fruitless >= (_KILLED_WORKERS if killed else _FRUITLESS_WORKERS):
+            raise SweepError(
+                f"sweep/executor={self.spec.executor_name}: {fruitless} workers in a row ended without"
+                f" finishing a trial (the last: {ended[-1] if ended else 'unknown'});"
+                f" see {self.spec.directory}/workers/*/worker.log"
+            )
+        failpoint("workers.before_start")
+        executor.start(missing)
+        failpoint("workers.started")
+        self._fruitless[killed] += 1
 
     async def _look_after_workers(self, executor: Executor) -> None:
         status = executor.poll()
@@ -384,10 +553,115 @@ class Coordinator:
                 await self._lose(name, f"its worker {found.detail}")
             elif time.monotonic() - worker.seen > _WORKER_SILENT_S:
                 await self._lose(name, f"its worker has been silent for {_WORKER_SILENT_S:.0f} s")
+                executor.stop([name] if found is not None else [])
+
+    async def _lose(self, worker: str, why: str) -> None:
+        lost = self._workers.pop(worker, None)
+        if lost is None:
+            return
+        for attempt in list(lost.attempts):
+            await self._end_lost(attempt, why)
+        self._handout.forget(worker)
+        self._measure()
+        self._notify()
 
     async def _wait_for_workers(self, executor: Executor) -> None:
         """Give the workers the time to deliver what they run and to leave."""
         deadline = time.monotonic() + _CLOSE_S
-        while self._workers and time.monotonic() < deadline:
+        while self._workers and time.monotonic() < deadline and self._superseded is None:
             await self._look_after_workers(executor)
             await self._wait_for_change(_POLL_S)
+
+    def _differs(self, spec: str) -> bool:
+        """Whether a worker works by another record of the sweep than today's: it would run other code."""
+        theirs = SweepSpec.model_validate_json(spec)
+        composition = theirs.composition.model_copy(update={"now": self.spec.composition.now})
+        return theirs.model_copy(update={"origin": self.spec.origin, "composition": composition}) != self.spec
+
+    # --- itself ----------------------------------------------------------------------------------------------
+
+    async def _write(self, change: Callable[[Ledger], _T]) -> _T:
+        try:
+            return await self._journal.write(change)
+        except LeaseLostError as error:
+            self._superseded = error
+            self._notify()
+            raise
+
+    async def _keep_lease(self) -> None:
+        """Renew the lease, look at the disk, and notice where this process itself was stopped for a while."""
+        due, seen = 0.0, time.monotonic()
+        while True:
+            at = time.monotonic()
+            if at - seen > _OWN_PAUSE_S:
+                for worker in self._workers.values():
+                    worker.seen = at
+            seen = at
+            self._look_at_disk()
+            if self._lease is not None and at >= due:
+                due = at + RENEW_S
+                with contextlib.suppress(LeaseLostError):  # noted by _write
+                    await self._write(self._lease.renew)
+            await asyncio.sleep(_LOOK_AT_DISK_S)
+
+    def _look_at_disk(self) -> None:
+        limit_mb = self.spec.limits.min_free_mb
+        try:
+            free_mb = shutil.disk_usage(self._directory).free / 1e6
+        except OSError:  # the ledger will say so better
+            return
+        before = self._no_space
+        self._no_space = None
+        if free_mb < limit_mb:
+            self._no_space = (
+                f"{free_mb:.0f} MB are free in {self._directory}, less than {limit_mb:g} (sweep.min_free_mb)"
+            )
+        if (before is None) != (self._no_space is None):
+            self._notify()
+
+    @property
+    def _paused(self) -> str | None:
+        """Why nothing is handed out now."""
+        return self._journal.trouble or self._no_space
+
+    def _check(self, keeper: asyncio.Task[None]) -> None:
+        if self._superseded is not None:
+            raise self._superseded
+        if keeper.done() and not keeper.cancelled():
+            keeper.result()
+
+    def _over(self) -> bool:
+        if self._searching or self._running or self._starting:
+            return False
+        return self._draining or not len(self._handout)
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _wait_for_change(self, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    def _measure(self) -> None:
+        slots = sum(worker.slots for worker in self._workers.values())
+        self._meter.set(slots=slots, running=len(self._running))
+
+    def _set_state(self, number: int, state: TrialState) -> None:
+        self._counts[self._states[number]] -= 1
+        self._counts[state] += 1
+        self._states[number] = state
+
+
+def _as(outcome: Outcome, kind: FailureKind) -> Outcome:
+    return Outcome(
+        state=TrialState.FAIL,
+        kind=kind,
+        message=outcome.message,
+        metrics=outcome.metrics,
+        ended_at=outcome.ended_at,
+    )
+
+
+def _new_report(report: protocol.Report) -> NewReport:
+    return NewReport(seq=report.seq, step=report.step, time=report.time, metrics=report.metrics)

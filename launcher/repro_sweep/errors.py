@@ -10,6 +10,8 @@
     │   ├── SweepError         the sweep's options or directory cannot be used
     │   └── TrackingError      the MLflow URI or what is asked of it cannot be used
     ├── LedgerError            the ledger cannot be read or written
+    │   ├── LeaseLostError     another coordinator has taken the sweep over; nothing was written
+    │   └── UnwritableError    the disk is full or broken for now; nothing was written
     └── ProtocolError          a worker and its coordinator do not understand each other
     TrialPruned                raised in a trial by ``report``; not a failure
 
@@ -49,6 +51,14 @@ class TrackingError(UserError):
 
 class LedgerError(ReproSweepError):
     """The ledger cannot be read or written."""
+
+
+class LeaseLostError(LedgerError):
+    """Another coordinator has taken the sweep over; nothing was written."""
+
+
+class UnwritableError(LedgerError):
+    """The disk is full, or cannot be written for now; nothing was written."""
 
 
 class ProtocolError(ReproSweepError):

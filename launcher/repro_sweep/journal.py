@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from repro_sweep.errors import LeaseLostError, UnwritableError
+from repro_sweep.failpoints import failpoint
 from repro_sweep.ledger import Ledger
 
 _T = TypeVar("_T")
 _Change = Callable[[Ledger], Any]
+_RETRY_S = 1.0
 
 
 class Journal:
     """Serialises all use of a ledger in one thread. Owned by the coordinator's event loop.
 
     While one batch is being committed, the next one gathers; so the cost of a sync to disk is shared by all that wait.
+    While the disk is full they wait, and are committed when it is not any more.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -24,9 +29,12 @@ class Journal:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
         self._pending: list[tuple[_Change, asyncio.Future[Any]]] = []
         self._committing: asyncio.Task[None] | None = None
+        self._closing = False
+        self.trouble: str | None = None
+        """Why nothing can be written now, None where it can."""
 
     async def write(self, change: Callable[[Ledger], _T]) -> _T:
-        """Apply a change and return its result when it is durable.
+        """Apply a change and return its result when it is durable. It may be applied again after it was rolled back.
 
         Raises:
             LedgerError: it could not be written; nothing of its batch was.
@@ -37,21 +45,22 @@ class Journal:
             self._committing = asyncio.create_task(self._commit_all())
         return await future
 
-    async def close(self) -> None:
-        """Wait for what is pending, then close the ledger."""
+    async def close(self, last: Callable[[Ledger], object] | None = None) -> None:
+        """Commit what is pending and a ``last`` change, then close the ledger; a full disk's share is given up."""
+        self._closing = True
+        if last is not None:
+            with contextlib.suppress(LeaseLostError, UnwritableError):
+                await self.write(last)
         if self._committing is not None:
             await self._committing
         await asyncio.get_running_loop().run_in_executor(self._thread, self._ledger.close)
         self._thread.shutdown()
 
     async def _commit_all(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._pending:
             batch, self._pending = self._pending, []
             try:
-                results = await loop.run_in_executor(
-                    self._thread, self._apply, [change for change, _ in batch]
-                )
+                results = await self._commit([change for change, _ in batch])
             except Exception as error:  # noqa: BLE001  (handed to every caller of the batch)
                 for _, future in batch:
                     if not future.done():
@@ -62,11 +71,28 @@ class Journal:
                         future.set_result(result)
         self._committing = None
 
+    async def _commit(self, changes: list[_Change]) -> list[Any]:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                results = await loop.run_in_executor(self._thread, self._apply, changes)
+            except UnwritableError as error:
+                self.trouble = str(error)
+                if self._closing:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+            else:
+                self.trouble = None
+                return results
+
     def _apply(self, changes: list[_Change]) -> list[Any]:
+        failpoint("journal.before_change")
         try:
             results = [change(self._ledger) for change in changes]
+            failpoint("journal.before_commit")
             self._ledger.commit()
         except BaseException:
             self._ledger.rollback()
             raise
+        failpoint("journal.committed")
         return results

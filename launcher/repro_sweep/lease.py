@@ -1,75 +1,257 @@
-"""The right to be a sweep's coordinator: one process at a time, with a fencing epoch that only grows."""
+"""The right to be a sweep's coordinator: one process at a time, with a fencing epoch that only grows.
+
+The lease stands in the ledger, and every commit of a coordinator checks in the same transaction that its epoch is
+still the ledger's: one that was stopped for long and comes back writes nothing. A file lock tells at once that a
+holder is gone; where it cannot (a holder that is stopped, or on a machine that has died), the lease ends when it was
+not renewed for :data:`LEASE_S`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
+import signal
 import socket
 import time
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from repro_sweep.errors import SweepError
+from repro_sweep.failpoints import failpoint
 from repro_sweep.ledger import Ledger
+from repro_sweep.spool import write_file
 
-FILE_NAME = "coordinator.json"
+ADDRESS_NAME = "coordinator.json"
+LEASE_S = 30.0
+RENEW_S = 5.0
+_LOCK_NAME = "coordinator.lock"
+_WAIT_S = 10.0
+_TAKING_S = 2.0
+_KEY = "lease"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a lease.
+
+    ``started`` tells a process from a later one of the same id; ``locked``: it has the file lock too; stamps are
+    seconds UTC.
+    """
+
+    host: str
+    pid: int
+    started: int
+    since: float
+    renewed: float
+    epoch: int
+    locked: bool
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a process of this machine that still exists."""
+        return self.host == socket.gethostname() and started_at(self.pid) == self.started
+
+    def describe(self) -> str:
+        """The process, its machine, and since when it holds the lease."""
+        since = datetime.fromtimestamp(self.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return f"process {self.pid} on {self.host} since {since}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where a coordinator listens; of two the one with the larger epoch is right."""
+
+    epoch: int
+    socket: str
 
 
 class Lease:
-    """Held from :meth:`acquire` to :meth:`release`, or until the process ends, however it ends."""
+    """Held from :meth:`acquire` to :meth:`release`, or until the process ends or another one takes it."""
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self._path = path
-        self._fd = fd
+    def __init__(self, directory: Path, holder: Holder, lock: int) -> None:
+        self._directory = directory
+        self._lock = lock
+        self.holder = holder
 
     @classmethod
-    def acquire(cls, directory: Path, name: str) -> Lease:
-        """Take the lease of the sweep in ``directory``.
+    def acquire(cls, ledger: Ledger, name: str) -> Lease:
+        """Take the lease of a ledger's sweep; from then on the ledger is fenced.
 
         Raises:
             SweepError: another process holds it; the message says which, and since when.
         """
-        path = directory / FILE_NAME
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        directory = ledger.path.parent
+        lock = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise SweepError(
-                f"sweep '{name}' is already running: {_holder(path)}; see it with 'repro-sweep rank {name}'"
-            ) from None
-        return cls(path, fd)
+            holder = _take(ledger, name, locked=_lock_soon(lock, ledger))
+        except BaseException:
+            os.close(lock)
+            raise
+        failpoint("lease.taken")
+        return cls(directory, holder, lock)
 
-    def announce(self, ledger: Ledger, socket_path: str) -> int:
-        """Write who holds the lease and where it listens; returns the new epoch, recorded in the ledger."""
-        epoch = int(ledger.meta("epoch") or 0) + 1
-        ledger.set_meta("epoch", str(epoch))
-        ledger.commit()
+    def announce(self, socket_path: str) -> None:
+        """Tell workers where this coordinator listens."""
+        address = Address(epoch=self.holder.epoch, socket=socket_path)
         record = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": time.time(),
-            "epoch": epoch,
-            "socket": socket_path,
+            "host": self.holder.host,
+            "pid": self.holder.pid,
+            "since": self.holder.since,
+            **asdict(address),
         }
-        data = json.dumps(record).encode()
-        os.pwrite(self._fd, data, 0)
-        os.ftruncate(self._fd, len(data))
-        return epoch
+        write_file(self._directory / ADDRESS_NAME, json.dumps(record))
+        failpoint("lease.announced")
 
-    def release(self) -> None:
-        """Give the lease back."""
-        os.ftruncate(self._fd, 0)
-        os.close(self._fd)
+    def renew(self, ledger: Ledger) -> None:
+        """Note that the holder lives. Part of the ledger's open change."""
+        failpoint("lease.before_renew")
+        locked = self.holder.locked or _lock(self._lock)
+        self.holder = replace(self.holder, renewed=time.time(), locked=locked)
+        ledger.set_meta(_KEY, json.dumps(asdict(self.holder)))
+
+    def release(self, ledger: Ledger) -> None:
+        """Give the lease back. Part of the ledger's open change."""
+        failpoint("lease.before_release")
+        ledger.set_meta(_KEY, "")
+        announced = address_of(self._directory)
+        if announced is not None and announced.epoch == self.holder.epoch:
+            (self._directory / ADDRESS_NAME).unlink(missing_ok=True)
+
+    def drop(self) -> None:
+        """Let go of the file lock, when the lease was given back or lost."""
+        os.close(self._lock)
 
 
-def _holder(path: Path) -> str:
+def holder_of(ledger: Ledger) -> Holder | None:
+    """Who holds the lease, or held it when it died."""
+    text = ledger.meta(_KEY)
+    return Holder(**json.loads(text)) if text else None
+
+
+def is_held(directory: Path, holder: Holder) -> bool:
+    """Whether a holder still has its lease, as far as can be told without waiting."""
+    if not _is_fresh(holder) or not holder.locked:
+        return _is_fresh(holder)
+    with contextlib.suppress(OSError):
+        lock = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+    return True
+
+
+def address_of(directory: Path) -> Address | None:
+    """Where the sweep's coordinator listens, or listened."""
     try:
-        record = json.loads(path.read_text())
-        since = datetime.fromtimestamp(record["since"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return (
-            f"process {record['pid']} on {record['host']} since {since} (kill -INT {record['pid']} ends it)"
-        )
+        record = json.loads((directory / ADDRESS_NAME).read_text())
+        return Address(epoch=record["epoch"], socket=record["socket"])
     except (OSError, ValueError, KeyError):
-        return f"another process has locked {path}"
+        return None
+
+
+def started_at(pid: int) -> int:
+    """When a process started, in clock ticks since the machine did; 0 where there is none of that id, or a dead one."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return 0
+    return 0 if state in "ZX" else int(rest[18])
+
+
+def _lock(lock: int) -> bool:
+    """Take the file lock; returns whether that was possible, so that nobody who holds a lease with it is alive."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks: then only time can tell
+        return False
+    return True
+
+
+def _lock_soon(lock: int, ledger: Ledger) -> bool:
+    """The same, but wait a moment for one who is just taking the lease, or just looks whether it is held."""
+    deadline = time.monotonic() + _TAKING_S
+    while not _lock(lock):
+        holder = holder_of(ledger)
+        alive = holder is not None and (holder.host != socket.gethostname() or holder.is_here)
+        if alive or time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _take(ledger: Ledger, name: str, *, locked: bool) -> Holder:
+    found = holder_of(ledger)
+    if found is not None and not (locked and found.locked):
+        _await_expiry(ledger, found, name)
+    failpoint("lease.before_take")
+    if not ledger.begin(_WAIT_S):
+        _break_in(ledger, found, name)
+    try:
+        now = holder_of(ledger)
+        if now is not None and now != found:
+            raise _refusal(now, name)
+        epoch = int(ledger.meta("epoch") or 0) + 1
+        pid, stamp = os.getpid(), time.time()
+        holder = Holder(
+            host=socket.gethostname(), pid=pid, started=started_at(pid), since=stamp, renewed=stamp, epoch=epoch,
+            locked=locked,
+        )  # fmt: skip
+        ledger.set_meta("epoch", str(epoch))
+        ledger.set_meta(_KEY, json.dumps(asdict(holder)))
+        ledger.commit()
+    except BaseException:
+        ledger.rollback()
+        raise
+    ledger.fence(epoch)
+    return holder
+
+
+def _is_fresh(holder: Holder) -> bool:
+    return time.time() - holder.renewed <= LEASE_S
+
+
+def _await_expiry(ledger: Ledger, found: Holder, name: str) -> None:
+    """Return when the lease that somebody else held has surely ended.
+
+    Raises:
+        SweepError: it has not.
+    """
+    here = found.host == socket.gethostname()
+    if _is_fresh(found) and not (here and not found.is_here):
+        raise _refusal(found, name)
+    if here:
+        return
+    deadline = time.monotonic() + LEASE_S  # clocks differ between machines: see whether it is renewed
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, LEASE_S / 4))
+        now = holder_of(ledger)
+        if now is not None and now.renewed != found.renewed:
+            raise _refusal(now, name)
+
+
+def _break_in(ledger: Ledger, found: Holder | None, name: str) -> None:
+    """The holder was stopped in the middle of a commit, and nobody can write before it is gone."""
+    if found is None or not found.is_here or _is_fresh(found):
+        who = found.describe() if found is not None else "another process"
+        raise SweepError(f"sweep '{name}': its ledger is locked by {who}; end that first")
+    log.warning("%s holds the ledger's lock and does not go on: it is killed", found.describe())
+    os.kill(found.pid, signal.SIGKILL)
+    if not ledger.begin(_WAIT_S):
+        raise SweepError(f"sweep '{name}': its ledger stays locked")
+
+
+def _refusal(holder: Holder, name: str) -> SweepError:
+    return SweepError(
+        f"sweep '{name}' is already running: {holder.describe()};"
+        f" watch it with 'repro-sweep attach {name}', stop it with 'repro-sweep cancel {name}'"
+    )

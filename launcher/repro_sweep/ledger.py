@@ -10,18 +10,31 @@ The ledger must never hold anything that another part could not do without: it i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from repro_sweep.errors import LedgerError
-from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.errors import LeaseLostError, LedgerError, UnwritableError
+from repro_sweep.records import (
+    ATTEMPT_COLUMNS,
+    TRIAL_COLUMNS,
+    Attempt,
+    NewReport,
+    NewTrial,
+    Outcome,
+    Report,
+    Reused,
+    Trial,
+    attempt_of,
+    trial_of,
+)
+from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "ledger.db"
 
 _SCHEMA = """
@@ -37,7 +50,10 @@ CREATE TABLE trials (
     config     TEXT NOT NULL,
     state      TEXT NOT NULL,
     attempt    TEXT,
-    change     INTEGER NOT NULL
+    change     INTEGER NOT NULL,
+    cancelled  INTEGER NOT NULL DEFAULT 0,
+    retries_from INTEGER NOT NULL DEFAULT 0,
+    reused     TEXT
 ) STRICT;
 CREATE INDEX trials_change ON trials (change);
 CREATE INDEX trials_state ON trials (state);
@@ -53,9 +69,11 @@ CREATE TABLE attempts (
     message    TEXT,
     metrics    TEXT,
     started_at REAL NOT NULL,
-    ended_at   REAL
+    ended_at   REAL,
+    reports    INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX attempts_trial ON attempts (trial, ordinal);
+CREATE INDEX attempts_open ON attempts (id) WHERE state = 'RUNNING';
 CREATE TABLE reports (
     seq        INTEGER PRIMARY KEY AUTOINCREMENT,
     trial      INTEGER NOT NULL REFERENCES trials (number),
@@ -65,83 +83,11 @@ CREATE TABLE reports (
     metrics    TEXT NOT NULL
 ) STRICT;
 CREATE INDEX reports_trial ON reports (trial, seq);
+CREATE INDEX reports_step ON reports (trial, step);
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewTrial:
-    """A trial to be recorded: its Hydra overrides, swept values, and its composed config as YAML.
-
-    ``directory`` is where its files go, below the sweep's directory unless it is absolute. ``point`` is the same for
-    the repeats of one point, and for nothing else; empty where that is told by ``params`` alone.
-    """
-
-    number: int
-    identity: str
-    directory: str
-    overrides: tuple[str, ...]
-    params: Mapping[str, object]
-    repeat: Mapping[str, object]
-    config: str
-    point: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """A recorded trial. ``attempt`` is the id of its latest attempt."""
-
-    number: int
-    identity: str
-    directory: str
-    overrides: tuple[str, ...]
-    params: dict[str, object]
-    repeat: dict[str, object]
-    config: str
-    state: TrialState
-    attempt: str | None
-    change: int
-    point: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
-    """One execution of a trial. Times are seconds UTC; ``metrics`` are the final ones."""
-
-    id: str
-    trial: int
-    ordinal: int
-    worker: str
-    slot: int
-    host: str
-    state: TrialState
-    kind: FailureKind | None
-    message: str | None
-    metrics: dict[str, float]
-    started_at: float
-    ended_at: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """Metrics that a trial reported at one step; ``time`` is seconds UTC."""
-
-    seq: int
-    trial: int
-    attempt: str
-    step: int
-    time: float
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How an attempt ended."""
-
-    state: TrialState
-    kind: FailureKind | None = None
-    message: str | None = None
-    metrics: Mapping[str, float]
-    ended_at: float
+_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
 
 
 class Ledger:
@@ -151,32 +97,39 @@ class Ledger:
 
     Raises:
         LedgerError: the file is missing, of another format, or cannot be read or written.
+        LeaseLostError: at a commit: the sweep has another coordinator by now.
+        UnwritableError: the disk is full or broken for now.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._db = connection
+        self._epoch: str | None = None
         self._change = self._scalar_int("SELECT coalesce(max(change), 0) FROM trials")
 
     @classmethod
     def create(cls, directory: Path, spec: SweepSpec) -> Ledger:
-        """Make the ledger of a new sweep; its directory exists."""
+        """Make the ledger of a new sweep; its directory exists. If another process is faster, the ledger is its."""
         path = directory / FILE_NAME
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
+        partial = path.with_name(f"{FILE_NAME}.{uuid.uuid4().hex}.partial")
         partial.touch(mode=0o600)
         try:
             db = _connect(partial)
             db.executescript(_SCHEMA)
             db.executemany(
                 "INSERT INTO meta VALUES (?, ?)",
-                [("format", str(FORMAT)), ("spec", spec.model_dump_json())],
+                [("format", str(FORMAT)), ("spec", spec.model_dump_json()), ("epoch", "0")],
             )
             db.commit()
             db.close()
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(partial)
         except sqlite3.Error as error:
+            raise _meaning(path, error) from error
+        except OSError as error:
             raise LedgerError(f"{path}: {error}") from error
-        partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
         return cls.open(directory)
 
     @classmethod
@@ -195,7 +148,7 @@ class Ledger:
                 db.execute("PRAGMA journal_mode = WAL")
             return cls(path, db)
         except sqlite3.Error as error:
-            raise LedgerError(f"{path}: {error}") from error
+            raise _meaning(path, error) from error
 
     def close(self) -> None:
         """Close the file; what was not committed is dropped."""
@@ -203,12 +156,33 @@ class Ledger:
 
     # --- writing ---------------------------------------------------------------------------------------------
 
+    def begin(self, wait_s: float) -> bool:
+        """Begin a change that nobody else's can come between; returns whether that was possible within the time."""
+        self._execute(f"PRAGMA busy_timeout = {int(wait_s * 1000)}")
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            return True
+        except sqlite3.OperationalError as error:
+            if _primary(error) == sqlite3.SQLITE_BUSY:
+                return False
+            raise _meaning(self.path, error) from error
+        finally:
+            self._execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+
+    def fence(self, epoch: int) -> None:
+        """From now on, commit only while this is the ledger's epoch: it grows with each new coordinator."""
+        self._epoch = str(epoch)
+        self._change = self._scalar_int("SELECT coalesce(max(change), 0) FROM trials")
+
     def commit(self) -> None:
         """Make all changes durable."""
         try:
+            if self._epoch is not None and self._db.in_transaction and self.meta("epoch") != self._epoch:
+                self.rollback()
+                raise LeaseLostError(f"{self.path}: the sweep has another coordinator by now")
             self._db.commit()
         except sqlite3.Error as error:
-            raise LedgerError(f"{self.path}: {error}") from error
+            raise _meaning(self.path, error) from error
 
     def rollback(self) -> None:
         """Drop the changes since the last commit."""
@@ -239,59 +213,129 @@ class Ledger:
             self._execute(sql, (*row, trial.config, TrialState.WAITING, self._next_change()))
 
     def start_attempt(self, attempt: Attempt) -> None:
-        """Record that an attempt has been handed out; its trial is RUNNING."""
+        """Record that an attempt has been handed out; its trial is RUNNING.
+
+        Raises:
+            LedgerError: the trial is not WAITING: it must not be handed out.
+        """
+        row = (attempt.id, attempt.trial, attempt.ordinal, attempt.worker, attempt.slot, attempt.host)
         self._execute(
             "INSERT INTO attempts (id, trial, ordinal, worker, slot, host, state, started_at)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                attempt.id,
-                attempt.trial,
-                attempt.ordinal,
-                attempt.worker,
-                attempt.slot,
-                attempt.host,
-                attempt.state,
-                attempt.started_at,
-            ),
+            (*row, attempt.state, attempt.started_at),
         )
-        self._set_trial(attempt.trial, TrialState.RUNNING, attempt.id)
+        moved = self._execute(
+            "UPDATE trials SET state = ?, attempt = ?, change = ? WHERE number = ? AND state = ?",
+            (TrialState.RUNNING, attempt.id, self._next_change(), attempt.trial, TrialState.WAITING),
+        )
+        if moved.rowcount != 1:
+            raise LedgerError(f"{self.path}: trial {attempt.trial} does not wait")
 
-    def add_reports(
-        self, trial: int, attempt: str, reports: Sequence[tuple[int, float, Mapping[str, float]]]
-    ) -> None:
-        """Record (step, time, metrics) triples of a running attempt."""
-        rows = [(trial, attempt, step, at, json.dumps(metrics)) for step, at, metrics in reports]
-        sql = "INSERT INTO reports (trial, attempt, step, time, metrics) VALUES (?, ?, ?, ?, ?)"
+    def add_reports(self, attempt: str, reports: Sequence[NewReport]) -> bool:
+        """Record reports of a running attempt, each once.
+
+        Returns:
+            False where the attempt has ended without some of them: they are not recorded.
+
+        They come in order, perhaps again. A step that an earlier attempt of the trial has reported with the same
+        metrics is counted but not kept: a trial that goes on from a checkpoint has one history without repetitions.
+        """
+        found = self._execute(
+            "SELECT trial, ordinal, reports, state FROM attempts WHERE id = ?", (attempt,)
+        ).fetchone()
+        if found is None or found[3] != TrialState.RUNNING:
+            return found is not None and all(report.seq < found[2] for report in reports)
+        trial, ordinal, taken, _ = found
+        rows = []
+        for report in reports:
+            if report.seq == taken:
+                taken += 1
+                rows.append((trial, attempt, report.step, report.time, json.dumps(dict(report.metrics))))
         try:
-            self._db.executemany(sql, rows)
+            if ordinal == 0:
+                self._db.executemany(_ADD_REPORT, rows)
+            else:
+                self._db.executemany(
+                    _ADD_NEW_REPORT, [(*row, trial, row[2], row[4], attempt) for row in rows]
+                )
         except sqlite3.Error as error:
-            raise LedgerError(f"{self.path}: {error}") from error
+            raise _meaning(self.path, error) from error
+        if rows:
+            self._execute("UPDATE attempts SET reports = ? WHERE id = ?", (taken, attempt))
+        return True
 
-    def finish_attempt(self, attempt: str, trial: int, outcome: Outcome, *, again: bool = False) -> None:
-        """Record an attempt's end, once; ``again``: its trial waits for another attempt instead of ending."""
+    def finish_attempt(
+        self, attempt: str, outcome: Outcome, *, again: bool = False, cancelled: bool = False
+    ) -> bool:
+        """Record an attempt's end, once; returns False, having changed nothing, where it has ended before.
+
+        ``again``: its trial waits for another attempt instead of ending. ``cancelled``: the user has cancelled it.
+        """
+        end = (
+            outcome.state,
+            outcome.kind,
+            outcome.message,
+            json.dumps(dict(outcome.metrics)),
+            outcome.ended_at,
+        )
         done = self._execute(
             "UPDATE attempts SET state = ?, kind = ?, message = ?, metrics = ?, ended_at = ?"
-            " WHERE id = ? AND state = 'RUNNING'",
+            " WHERE id = ? AND state = 'RUNNING' RETURNING trial",
+            (*end, attempt),
+        ).fetchone()
+        if done is None:
+            return False
+        self._execute(
+            "UPDATE trials SET state = ?, cancelled = ?, change = ? WHERE number = ? AND attempt = ?",
             (
-                outcome.state,
-                outcome.kind,
-                outcome.message,
-                json.dumps(dict(outcome.metrics)),
-                outcome.ended_at,
+                TrialState.WAITING if again else outcome.state,
+                int(cancelled),
+                self._next_change(),
+                done[0],
                 attempt,
             ),
         )
-        if done.rowcount:
-            self._set_trial(trial, TrialState.WAITING if again else outcome.state, attempt)
+        return True
 
-    def close_open_attempts(self, why: str) -> None:
-        """Before a coordinator takes over: attempts still RUNNING were lost, and their trials wait again."""
-        for attempt in self.attempts():
-            if attempt.state is TrialState.RUNNING:
-                outcome = Outcome(
-                    state=TrialState.FAIL, kind=FailureKind.NODE_LOST, message=why, metrics={}, ended_at=now()
-                )
-                self.finish_attempt(attempt.id, attempt.trial, outcome, again=True)
+    def note(self, attempt: str, text: str) -> None:
+        """Add a remark to an attempt that has ended, once."""
+        self._execute(
+            "UPDATE attempts SET message = coalesce(message || '; ', '') || ?"
+            " WHERE id = ? AND instr(coalesce(message, ''), ?) = 0",
+            (text, attempt, text),
+        )
+
+    def reuse(self, number: int, found: Reused) -> None:
+        """Record another sweep's result as that of a waiting trial."""
+        attempt = Attempt(
+            id=uuid.uuid4().hex, trial=number, ordinal=len(self.attempts(number)), worker="", slot=0, host=found.host,
+            state=TrialState.RUNNING, kind=None, message=None, metrics={}, started_at=found.started_at, ended_at=None,
+        )  # fmt: skip
+        self.start_attempt(attempt)
+        outcome = Outcome(
+            state=TrialState.COMPLETE, message=f"reused from {found.origin}", metrics=found.metrics,
+            ended_at=found.ended_at,
+        )  # fmt: skip
+        self.finish_attempt(attempt.id, outcome)
+        self._execute("UPDATE trials SET reused = ? WHERE number = ?", (found.run_id, number))
+
+    def requeue(self, numbers: Iterable[int]) -> None:
+        """Let trials that have failed or were cancelled wait again, with all their retries."""
+        for number in numbers:
+            self._execute(
+                "UPDATE trials SET state = 'WAITING', cancelled = 0, change = ?,"
+                " retries_from = (SELECT count(*) FROM attempts WHERE trial = number)"
+                " WHERE number = ? AND state = 'FAIL'",
+                (self._next_change(), number),
+            )
+
+    def cancel(self, numbers: Iterable[int]) -> None:
+        """Cancel waiting trials."""
+        for number in numbers:
+            self._execute(
+                "UPDATE trials SET state = 'FAIL', cancelled = 1, change = ? WHERE number = ? AND state = 'WAITING'",
+                (self._next_change(), number),
+            )
 
     def set_withdrawn(self, numbers: Iterable[int]) -> None:
         """Note the trials that are no part of the sweep any more: they stay as they are, and are not handed out."""
@@ -302,13 +346,10 @@ class Ledger:
         """The trials that are no part of the sweep any more."""
         return frozenset(json.loads(self.meta("withdrawn") or "[]"))
 
-    def set_states(self, numbers: Iterable[int], state: TrialState) -> None:
-        """Set the state of trials that no attempt is running."""
-        for number in numbers:
-            self._execute(
-                "UPDATE trials SET state = ?, change = ? WHERE number = ?",
-                (state, self._next_change(), number),
-            )
+    @property
+    def cancelled(self) -> frozenset[int]:
+        """The trials that the user has cancelled."""
+        return frozenset(number for (number,) in self._execute("SELECT number FROM trials WHERE cancelled"))
 
     # --- reading ---------------------------------------------------------------------------------------------
 
@@ -349,10 +390,10 @@ class Ledger:
 
     def trial(self, number: int) -> Trial:
         """One trial."""
-        row = self._execute(f"SELECT {_TRIAL} FROM trials WHERE number = ?", (number,)).fetchone()
+        row = self._execute(f"SELECT {TRIAL_COLUMNS} FROM trials WHERE number = ?", (number,)).fetchone()
         if row is None:
             raise LedgerError(f"{self.path}: there is no trial {number}")
-        return _trial(row)
+        return trial_of(row)
 
     def trials(
         self, *, states: Sequence[TrialState] | None = None, changed_after: int = -1
@@ -364,20 +405,27 @@ class Ledger:
             where += f" AND state IN ({', '.join('?' * len(states))})"
             args.extend(states)
         for row in self._execute(
-            f"SELECT {_TRIAL} FROM trials WHERE {where} ORDER BY change", args
+            f"SELECT {TRIAL_COLUMNS} FROM trials WHERE {where} ORDER BY change", args
         ).fetchall():
-            yield _trial(row)
+            yield trial_of(row)
 
     def attempts(self, trial: int | None = None) -> list[Attempt]:
         """The attempts of one trial in their order, or of all trials."""
         where, args = ("", ()) if trial is None else ("WHERE trial = ?", (trial,))
-        rows = self._execute(f"SELECT {_ATTEMPT} FROM attempts {where} ORDER BY trial, ordinal", args)
-        return [_attempt(row) for row in rows]
+        rows = self._execute(f"SELECT {ATTEMPT_COLUMNS} FROM attempts {where} ORDER BY trial, ordinal", args)
+        return [attempt_of(row) for row in rows]
+
+    def open_attempts(self) -> list[Attempt]:
+        """The attempts that are RUNNING."""
+        rows = self._execute(
+            f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE state = 'RUNNING' ORDER BY started_at"
+        )
+        return [attempt_of(row) for row in rows]
 
     def attempt(self, attempt: str) -> Attempt | None:
         """One attempt by its id, None where it is not known."""
-        row = self._execute(f"SELECT {_ATTEMPT} FROM attempts WHERE id = ?", (attempt,)).fetchone()
-        return None if row is None else _attempt(row)
+        row = self._execute(f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE id = ?", (attempt,)).fetchone()
+        return None if row is None else attempt_of(row)
 
     def reports(self, *, after: int = 0, trial: int | None = None, limit: int = 10_000) -> list[Report]:
         """Reports with ``seq > after`` by ``seq``, at most ``limit``; of one trial if it is given."""
@@ -412,7 +460,7 @@ class Ledger:
         try:
             return self._db.execute(sql, args)
         except sqlite3.Error as error:
-            raise LedgerError(f"{self.path}: {error}") from error
+            raise _meaning(self.path, error) from error
 
     def _scalar_int(self, sql: str) -> int:
         return int(self._execute(sql).fetchone()[0])
@@ -421,60 +469,29 @@ class Ledger:
         self._change += 1
         return self._change
 
-    def _set_trial(self, number: int, state: TrialState, attempt: str) -> None:
-        self._execute(
-            "UPDATE trials SET state = ?, attempt = ?, change = ? WHERE number = ?",
-            (state, attempt, self._next_change(), number),
-        )
+
+_ADD_REPORT = "INSERT INTO reports (trial, attempt, step, time, metrics) VALUES (?, ?, ?, ?, ?)"
+_ADD_NEW_REPORT = (
+    "INSERT INTO reports (trial, attempt, step, time, metrics) SELECT ?, ?, ?, ?, ? WHERE NOT EXISTS"
+    " (SELECT 1 FROM reports WHERE trial = ? AND step = ? AND metrics = ? AND attempt <> ?)"
+)
+_BUSY_MS = 30_000
 
 
-_TRIAL = "number, identity, point, directory, overrides, params, repeat, config, state, attempt, change"
-_ATTEMPT = "id, trial, ordinal, worker, slot, host, state, kind, message, metrics, started_at, ended_at"
+def _primary(error: sqlite3.Error) -> int:
+    """SQLite's primary result code."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def _trial(row: tuple[object, ...]) -> Trial:
-    number, identity, point, directory, overrides, params, repeat, config, state, attempt, change = row
-    return Trial(
-        number=number,  # type: ignore[arg-type]  # STRICT tables: the columns have their declared types
-        identity=str(identity),
-        point=str(point),
-        directory=str(directory),
-        overrides=tuple(json.loads(str(overrides))),
-        params=json.loads(str(params)),
-        repeat=json.loads(str(repeat)),
-        config=str(config),
-        state=TrialState(str(state)),
-        attempt=None if attempt is None else str(attempt),
-        change=change,  # type: ignore[arg-type]
-    )
-
-
-def _attempt(row: tuple[object, ...]) -> Attempt:
-    ident, trial, ordinal, worker, slot, host, state, kind, message, metrics, started_at, ended_at = row
-    return Attempt(
-        id=str(ident),
-        trial=trial,  # type: ignore[arg-type]  # STRICT tables, as above
-        ordinal=ordinal,  # type: ignore[arg-type]
-        worker=str(worker),
-        slot=slot,  # type: ignore[arg-type]
-        host=str(host),
-        state=TrialState(str(state)),
-        kind=None if kind is None else FailureKind(str(kind)),
-        message=None if message is None else str(message),
-        metrics={} if metrics is None else json.loads(str(metrics)),
-        started_at=started_at,  # type: ignore[arg-type]
-        ended_at=ended_at,  # type: ignore[arg-type]
-    )
+def _meaning(path: Path, error: sqlite3.Error) -> LedgerError:
+    if _primary(error) in _FULL:
+        return UnwritableError(f"{path}: {error}")
+    return LedgerError(f"{path}: {error}")
 
 
 def _connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}{'?mode=ro' if readonly else ''}"
-    db = sqlite3.connect(uri, uri=True, check_same_thread=False, timeout=30.0)
+    db = sqlite3.connect(uri, uri=True, check_same_thread=False, timeout=_BUSY_MS / 1000)
     if not readonly:
         db.execute("PRAGMA synchronous = FULL")
     return db
-
-
-def now() -> float:
-    """Seconds UTC, the stamp that all records use."""
-    return time.time()

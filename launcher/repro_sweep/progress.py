@@ -29,7 +29,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """A picture of a sweep. ``busy`` is the share of slot time in use since the first start, from 0 to 1."""
+    """A picture of a sweep.
+
+    ``busy`` is the share of slot time in use since the first start, from 0 to 1. ``paused`` says why nothing is handed
+    out now; ``retried`` counts the attempts that were made again.
+    """
 
     name: str
     counts: Mapping[TrialState, int]
@@ -41,6 +45,8 @@ class Progress:
     failures: tuple[Failure, ...]
     draining: bool
     not_tracked: int
+    retried: int = 0
+    paused: str | None = None
 
 
 class Meter:

@@ -7,13 +7,15 @@ path            request                   reply                    meaning
 /claim          :class:`Claim`            :class:`Claimed`         a free slot asks for a trial (waits for one)
 /report         :class:`Reports`          :class:`Acknowledged`    metrics that running trials reported
 /finish         :class:`Finish`           :class:`Acknowledged`    an attempt ended
-/heartbeat      :class:`Heartbeat`        :class:`Acknowledged`    the worker lives, and what it runs
+/heartbeat      :class:`Heartbeat`        :class:`Beat`            the worker lives, and what it runs
 /run            :class:`RunRequest`       :class:`RunReference`    the MLflow run of a trial that uses MLflow
+/status         :class:`StatusRequest`    ``progress.Progress``    what a display shows
+/cancel         :class:`Cancel`           :class:`Cancelled`       the user cancels trials, or stops the sweep
 ==============  ========================  =======================  ==========================================
 
 Every message carries the id of the attempt it is about, which the worker makes up when it claims, so each may be
 repeated without harm when its reply was lost: a repeated claim gets the same trial, a repeated report or finish is
-recorded once.
+recorded once. A coordinator that has been replaced answers 410 (Gone): its workers look for the one in its place.
 """
 
 from __future__ import annotations
@@ -34,19 +36,31 @@ class Message(BaseModel):
 
 
 class Register(Message):
-    """A worker offers ``slots`` slots; ``gpus[slot]`` are the devices that the slot's trials see."""
+    """A worker offers ``slots`` slots; ``gpus[slot]`` are the devices that the slot's trials see.
+
+    One that has outlived its coordinator also says which attempts it runs or has results of, and ``spec``: the sweep's
+    record that it works by.
+    """
 
     worker: str
     host: str
     pid: int
     slots: Annotated[int, Field(ge=1)]
     gpus: tuple[tuple[str, ...], ...] = ()
+    attempts: tuple[str, ...] = ()
+    spec: str = ""
 
 
 class Registered(Message):
-    """The sweep's record as JSON (``sweep.SweepSpec``)."""
+    """The sweep's record as JSON (``sweep.SweepSpec``).
+
+    ``stop`` are the attempts that the worker must kill: their trials were given to others. ``leave``: no trial will be
+    given to this worker.
+    """
 
     spec: str
+    stop: tuple[str, ...] = ()
+    leave: bool = False
 
 
 class Assignment(Message):
@@ -125,8 +139,17 @@ class Heartbeat(Message):
     leaving: bool = False
 
 
+class Beat(Message):
+    """``known`` is False where the worker was given up: it must register again. ``stop`` are attempts to kill."""
+
+    known: bool = True
+    stop: tuple[str, ...] = ()
+
+
 class Acknowledged(Message):
-    """What was received is recorded."""
+    """What was received is recorded, or ``refused``: its attempt had ended before, and nothing was."""
+
+    refused: bool = False
 
 
 class RunRequest(Message):
@@ -142,3 +165,19 @@ class RunReference(Message):
     uri: str = ""
     experiment_id: str = ""
     error: str | None = None
+
+
+class StatusRequest(Message):
+    """What does the sweep look like?"""
+
+
+class Cancel(Message):
+    """Cancel these trials, or with None stop the sweep: nothing new starts, running trials are stopped and wait."""
+
+    trials: tuple[int, ...] | None = None
+
+
+class Cancelled(Message):
+    """The trials that were waiting or running and are cancelled."""
+
+    trials: tuple[int, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from repro_sweep import protocol
+from repro_sweep.errors import LeaseLostError
+from repro_sweep.failpoints import failpoint
+from repro_sweep.progress import Progress
 
 _LONGEST_FOLDER = 70  # a socket's path has 108 bytes at most
 
@@ -25,8 +30,10 @@ class Handlers(Protocol):
     async def claim(self, message: protocol.Claim) -> protocol.Claimed: ...
     async def report(self, message: protocol.Reports) -> protocol.Acknowledged: ...
     async def finish(self, message: protocol.Finish) -> protocol.Acknowledged: ...
-    async def heartbeat(self, message: protocol.Heartbeat) -> protocol.Acknowledged: ...
+    async def heartbeat(self, message: protocol.Heartbeat) -> protocol.Beat: ...
     async def run_reference(self, message: protocol.RunRequest) -> protocol.RunReference: ...
+    async def status(self, message: protocol.StatusRequest) -> Progress: ...
+    async def cancel(self, message: protocol.Cancel) -> protocol.Cancelled: ...
 
 
 class _Uvicorn(uvicorn.Server):
@@ -68,7 +75,7 @@ class Server:
         self._folder.cleanup()
 
 
-def _app(handlers: Handlers) -> FastAPI:
+def _app(handlers: Handlers) -> _Answering:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     paths: dict[str, Callable[..., Awaitable[object]]] = {
         "/register": handlers.register,
@@ -77,7 +84,31 @@ def _app(handlers: Handlers) -> FastAPI:
         "/finish": handlers.finish,
         "/heartbeat": handlers.heartbeat,
         "/run": handlers.run_reference,
+        "/status": handlers.status,
+        "/cancel": handlers.cancel,
     }
     for path, handler in paths.items():
         app.add_api_route(path, handler, methods=["POST"])
-    return app
+    app.add_exception_handler(LeaseLostError, _gone)
+    return _Answering(app)
+
+
+def _gone(_request: Request, error: Exception) -> Response:
+    return Response(str(error), status_code=http.HTTPStatus.GONE)
+
+
+class _Answering:
+    """Passes by the failpoints before a message is handled and before it is answered."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = scope.get("path", "")[1:]
+        failpoint(f"{name}.received")
+
+        async def answer(message: Message) -> None:
+            failpoint(f"{name}.answering")
+            await send(message)
+
+        await self._app(scope, receive, answer)

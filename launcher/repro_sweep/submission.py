@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,13 +29,24 @@ from repro_sweep.config.space import Space
 from repro_sweep.config.yamltext import to_yaml
 from repro_sweep.errors import CompositionError, SweepError, UserError
 from repro_sweep.executors import base as executors
-from repro_sweep.ledger import FILE_NAME, Ledger, NewTrial, now
+from repro_sweep.failpoints import failpoint
+from repro_sweep.ledger import FILE_NAME, Ledger
 from repro_sweep.points import Point
-from repro_sweep.provenance.source import git_state
+from repro_sweep.provenance.source import code_fingerprint, git_state
+from repro_sweep.records import NewTrial, now
 from repro_sweep.search import base as searchers
 from repro_sweep.standings import usual_direction
-from repro_sweep.states import Direction, TrialState
-from repro_sweep.sweep import UNNAMED_METRIC, Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
+from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.sweep import (
+    UNNAMED_METRIC,
+    Composition,
+    Limits,
+    Origin,
+    Resources,
+    SweepSpec,
+    TaskSpec,
+    Tracking,
+)
 from repro_sweep.tracking.uri import check_writable, resolve_uri
 
 _HYDRA_DIR = "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"
@@ -43,6 +54,7 @@ _HYDRA_SUBDIR = "${hydra.job.num}"
 _SUBDIR = "trials/${hydra.job.num}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHOWN_PROBLEMS = 10
+_Number = TypeVar("_Number", int | None, float)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +63,7 @@ class Submission:
 
     ``new`` are the trials that its ledger does not hold; ``again`` the numbers of those that it holds unfinished or
     failed, ``withdrawn`` those it holds unfinished that are no part of the sweep any more; ``done`` counts the
-    finished ones.
+    finished ones, ``cancelled`` those that the user has cancelled.
     """
 
     spec: SweepSpec
@@ -60,34 +72,31 @@ class Submission:
     withdrawn: tuple[int, ...]
     done: int
     duplicates: int
+    cancelled: int = 0
 
     @property
     def to_run(self) -> int:
         """How many trials will run."""
         return len(self.new) + len(self.again)
 
-    def record(self) -> Ledger:
-        """Write the sweep into its ledger (new or existing) and return it, open.
+    def record(self, ledger: Ledger) -> None:
+        """Write the sweep into its ledger, whose lease is held.
 
         Raises:
             LedgerError: it cannot be written.
             SweepError: another command has changed the sweep since it was prepared.
         """
-        directory = Path(self.spec.directory)
-        exists = (directory / FILE_NAME).exists()
-        ledger = Ledger.open(directory) if exists else Ledger.create(directory, self.spec)
-        ledger.update_spec(self.spec)
-        ledger.close_open_attempts("its coordinator ended")
         # The sweep may have gone on since this was prepared: the lease is held only now.
-        states = dict(ledger.states())
-        ledger.set_withdrawn(self.withdrawn)
-        ledger.set_states((n for n in self.again if not states[n].is_done()), TrialState.WAITING)
-        if any(trial.number in states for trial in self.new):
-            ledger.close()
+        known = dict(ledger.states())
+        if any(trial.number in known for trial in self.new):
             raise SweepError(f"sweep '{self.spec.name}' has changed meanwhile; give the same command again")
+        ledger.update_spec(self.spec)
+        ledger.set_withdrawn(self.withdrawn)
+        ledger.requeue(self.again)
         ledger.add_trials(self.new)
+        failpoint("record.before_commit")
         ledger.commit()
-        return ledger
+        failpoint("record.committed")
 
 
 def prepare(
@@ -141,12 +150,14 @@ class _Expansion:
         self._known: dict[str, tuple[int, TrialState]] = {}
         self._number = 0
         self._taken: dict[str, int] = {}
+        self._cancelled: frozenset[int] = frozenset()
         directory = Path(spec.directory)
         if (directory / FILE_NAME).exists():
             ledger = Ledger.open(directory, readonly=True)
             self._known = ledger.identities()
             self._number = ledger.next_number()
             self._taken = ledger.directories()
+            self._cancelled = ledger.cancelled
             spec = spec.model_copy(
                 update={"sweep_id": ledger.spec.sweep_id, "created_at": ledger.spec.created_at}
             )
@@ -174,7 +185,11 @@ class _Expansion:
         self._raise_problems()
         self._check_directories(new.values())
         known = self._known.items()
-        unfinished = [(key, number) for key, (number, state) in known if not state.is_done()]
+        unfinished = [
+            (key, number)
+            for key, (number, state) in known
+            if not state.is_done() and number not in self._cancelled
+        ]
         return Submission(
             spec=self._spec,
             new=tuple(new.values()),
@@ -182,6 +197,7 @@ class _Expansion:
             withdrawn=tuple(sorted(number for key, number in unfinished if key not in mine)),
             done=sum(state.is_done() for key, (_, state) in known if key in mine),
             duplicates=duplicates,
+            cancelled=sum(number in self._cancelled for key, (number, _) in known if key in mine),
         )
 
     def _trial(self, point: Point) -> NewTrial | None:
@@ -439,6 +455,23 @@ def _spec(
         log_limit_mb=_positive(options.log_limit_mb, "sweep.log_limit_mb"),
         created_at=now(),
         repeats=tuple(str(key).lstrip("+") for key in options.repeats),
+        limits=_limits(options),
+        code=code_fingerprint(cwd),
+        reuse=options.reuse,
+    )
+
+
+def _limits(options: SweepConf) -> Limits:
+    retries = {
+        kind: _not_negative(getattr(options.retries, kind, 0), f"sweep.retries.{kind}")
+        for kind in FailureKind
+    }
+    return Limits(
+        retries=retries,
+        trial_timeout_min=_positive_or_none(options.trial_timeout_min, "sweep.trial_timeout_min"),
+        stall_timeout_min=_positive_or_none(options.stall_timeout_min, "sweep.stall_timeout_min"),
+        orphan_timeout_min=_positive(options.orphan_timeout_min, "sweep.orphan_timeout_min"),
+        min_free_mb=_not_negative(options.min_free_mb, "sweep.min_free_mb"),
     )
 
 
@@ -465,7 +498,11 @@ def _positive(value: float, where: str) -> float:
     return float(value)
 
 
-def _not_negative(value: int | None, where: str) -> int | None:
+def _positive_or_none(value: float | None, where: str) -> float | None:
+    return None if value is None else _positive(value, where)
+
+
+def _not_negative(value: _Number, where: str) -> _Number:
     if value is not None and value < 0:
         raise SweepError(f"{where}: must be at least 0, got {value}")
     return value

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from repro_sweep.states import Direction
+from repro_sweep.states import Direction, FailureKind
 
 UNNAMED_METRIC = "objective"
 """What the number is called that a task returns, where the sweep names no metric."""
@@ -80,6 +80,22 @@ class Tracking(Record):
     experiment: str
 
 
+class Limits(Record):
+    """What a trial may take, and how often it is tried again.
+
+    ``retries`` says for each kind of failure how many more attempts a trial gets, None for as many as it needs.
+    ``trial_timeout_min`` and ``stall_timeout_min`` (without a report) end an attempt, ``orphan_timeout_min`` a worker
+    that has nothing to run and finds no coordinator; minutes. Nothing is handed out while less than ``min_free_mb`` MB
+    are free on the disk of the sweep's directory.
+    """
+
+    retries: dict[FailureKind, int | None] = {}
+    trial_timeout_min: float | None = None
+    stall_timeout_min: float | None = None
+    orphan_timeout_min: float = 10.0
+    min_free_mb: float = 100.0
+
+
 class Origin(Record):
     """Who submitted the sweep, where and from what."""
 
@@ -105,7 +121,8 @@ class SweepSpec(Record):
 
     ``directory`` is absolute. ``metric`` is None when the sweep names none. ``executor`` holds the options of the
     executor named ``executor_name``. ``repeats`` are the keys over which results are averaged. ``created_at`` is
-    seconds UTC.
+    seconds UTC. ``code`` is a fingerprint of the project's Python files; ``reuse``: take over what other sweeps in the
+    same MLflow store have of the same points and the same code.
     """
 
     sweep_id: str
@@ -125,6 +142,9 @@ class SweepSpec(Record):
     log_limit_mb: float
     created_at: float
     repeats: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    code: str = ""
+    reuse: bool = True
 
     @property
     def ranked_by(self) -> str:

@@ -1,12 +1,7 @@
-"""Runs a prepared sweep in this process, with its display, and sums it up."""
+"""Prepares the sweep that Hydra has composed, and runs it in this process."""
 
 from __future__ import annotations
 
-import asyncio
-import math
-import signal
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,22 +11,13 @@ from omegaconf import DictConfig
 
 from repro_sweep import task
 from repro_sweep.cli import plan as planning
-from repro_sweep.cli.display import Display
+from repro_sweep.cli import session
 from repro_sweep.cli.main import fail
-from repro_sweep.cli.summary import summarise
+from repro_sweep.cli.session import INTERRUPTED, say
 from repro_sweep.cli.sweep import command_line, named_by_sweep
-from repro_sweep.coordinator import Coordinator
 from repro_sweep.errors import ReproSweepError, SweepError
-from repro_sweep.executors import base as executors
-from repro_sweep.lease import Lease
-from repro_sweep.ledger import Ledger
-from repro_sweep.server import Server
+from repro_sweep.ledger import FILE_NAME, Ledger
 from repro_sweep.submission import Submission, prepare
-from repro_sweep.tracking.process import TrackerProcess
-
-INTERRUPTED = 130
-_UPLOAD_PATIENCE_S = 60.0
-_LOOK_S = 0.5
 
 
 def main(
@@ -57,100 +43,27 @@ def run(submission: Submission) -> int:
     Raises:
         ReproSweepError: it cannot be started, or cannot go on.
     """
-    directory = Path(submission.spec.directory)
+    spec = submission.spec
+    directory = Path(spec.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lease = Lease.acquire(directory, submission.spec.name)
     except OSError as error:
         raise SweepError(f"hydra.sweep.dir: {directory} cannot be used: {error}") from error
-    _say_what_is_done(submission)
-    try:
-        return asyncio.run(_Session(submission, submission.record(), lease).run())
-    finally:
-        lease.release()
+    exists = (directory / FILE_NAME).exists()
+    ledger = Ledger.open(directory) if exists else Ledger.create(directory, spec)
+
+    def record(ledger: Ledger) -> None:
+        submission.record(ledger)
+        _say_what_is_done(submission)
+
+    return session.run(ledger, spec.name, record)
 
 
 def _say_what_is_done(submission: Submission) -> None:
-    done, total = submission.done, submission.done + submission.to_run
+    done, cancelled = submission.done, submission.cancelled
+    total = done + submission.to_run + cancelled
+    note = f", {cancelled} cancelled" if cancelled else ""
     if submission.to_run == 0:
-        say(f"{done} of {total} trials are complete already; nothing to run")
-    elif done:
-        say(f"{done} of {total} trials are complete already, {submission.to_run} to run")
-
-
-class _Session:
-    """One run of a coordinator with everything around it."""
-
-    def __init__(self, submission: Submission, ledger: Ledger, lease: Lease) -> None:
-        self._spec = submission.spec
-        self._ledger = ledger
-        self._lease = lease
-        self._interrupts = 0
-        self._tracker = TrackerProcess(Path(self._spec.directory))
-        self._coordinator = Coordinator(self._spec, ledger, self._tracker)
-        self._uploading: asyncio.Task[int] | None = None
-
-    async def run(self) -> int:
-        """Run the sweep, upload the rest, print the summary; returns the exit status."""
-        self._handle_signals()
-        await self._tracker.start()
-        try:
-            async with Display(self._coordinator.progress):
-                await self._work()
-                left = await self._upload()
-        finally:
-            await self._tracker.kill()
-            await self._coordinator.close()
-        failed = summarise(self._spec, self._coordinator.progress(), left)
-        return INTERRUPTED if self._interrupts else int(failed)
-
-    async def _work(self) -> None:
-        server = Server(self._coordinator)
-        await server.start()
-        try:
-            self._lease.announce(self._ledger, server.path)
-            await self._coordinator.run(executors.create(self._spec, server.path))
-        finally:
-            await server.stop()
-
-    async def _upload(self) -> int:
-        """Wait until MLflow has everything, or gives no sign of life; returns how many trials it lacks."""
-        self._uploading = asyncio.create_task(self._tracker.finish(math.inf))
-        left, since = self._tracker.progress.left, time.monotonic()
-        try:
-            while not (await asyncio.wait([self._uploading], timeout=_LOOK_S))[0]:
-                if self._tracker.progress.left != left:
-                    left, since = self._tracker.progress.left, time.monotonic()
-                elif time.monotonic() - since > _UPLOAD_PATIENCE_S:
-                    self._uploading.cancel()
-            return self._uploading.result()
-        except asyncio.CancelledError:
-            return self._tracker.progress.left
-
-    def _handle_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        loop.add_signal_handler(signal.SIGTERM, self._terminate)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go, the sweep goes on
-
-    def _interrupt(self) -> None:
-        self._interrupts += 1
-        if self._uploading is not None:
-            self._uploading.cancel()
-        elif self._interrupts == 1:
-            say("interrupted: nothing new starts, running trials finish; once more to stop them")
-            self._coordinator.drain()
-        else:
-            say("interrupted again: running trials are stopped")
-            self._terminate()
-
-    def _terminate(self) -> None:
-        self._interrupts = max(1, self._interrupts)
-        self._coordinator.stop()
-        if self._uploading is not None:
-            self._uploading.cancel()
-
-
-def say(message: str) -> None:
-    """One line to the user while the sweep runs."""
-    print(f"repro-sweep: {message}", file=sys.stderr, flush=True)
+        say(f"{done} of {total} trials are complete already{note}; nothing to run")
+    elif done or cancelled:
+        say(f"{done} of {total} trials are complete already{note}, {submission.to_run} to run")

@@ -38,6 +38,24 @@ class TrackingConf:
 
 
 @dataclass
+class RetriesConf:
+    """How many more attempts a trial gets after each kind of failure; null: as many as it needs.
+
+    Preemption and the loss of a worker are no fault of the trial's; ten losses of one trial are no accident.
+    """
+
+    EXCEPTION: int | None = 0
+    INVALID_METRIC: int | None = 0
+    OUT_OF_MEMORY: int | None = 1
+    GPU_OUT_OF_MEMORY: int | None = 1
+    CRASH: int | None = 1
+    TIMEOUT: int | None = 0
+    STALLED: int | None = 1
+    PREEMPTED: int | None = None
+    NODE_LOST: int | None = 10
+
+
+@dataclass
 class SweepConf:
     """The options of a sweep, as ``docs/sweep.md`` explains them."""
 
@@ -55,6 +73,12 @@ class SweepConf:
     executor: Any = MISSING
     max_failures: int | None = None
     log_limit_mb: float = 20.0
+    retries: RetriesConf = field(default_factory=RetriesConf)
+    trial_timeout_min: float | None = None
+    stall_timeout_min: float | None = None
+    orphan_timeout_min: float = 10.0
+    min_free_mb: float = 100.0
+    reuse: bool = True
 
 
 @dataclass

@@ -69,7 +69,10 @@ class Executor(ABC):
 
     @abstractmethod
     def poll(self) -> Mapping[str, WorkerStatus]:
-        """The status of every worker started so far, in one look."""
+        """The status of every worker started so far, in one look.
+
+        Those that an earlier coordinator of the sweep has started and that still live are among them.
+        """
 
     @abstractmethod
     def stop(self, workers: Iterable[str]) -> None:

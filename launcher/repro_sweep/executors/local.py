@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +18,12 @@ from pathlib import Path
 from repro_sweep import machine
 from repro_sweep.errors import SweepError
 from repro_sweep.executors.base import Context, Executor, WorkerState, WorkerStatus
+from repro_sweep.lease import started_at
+from repro_sweep.spool import write_file
+
+_RECORD = "worker.json"
+_KILL_S = 5.0
+_LOOK_S = 0.02
 
 
 @dataclass
@@ -29,7 +39,8 @@ class LocalExecutor(Executor):
     def __init__(self, context: Context, options: Options) -> None:
         self._context = context
         self._slots = machine.slots(machine.inspect(), context.spec.resources, options.slots)
-        self._workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._workers: dict[str, _Process] = {}
+        self._looked = False
 
     def describe(self) -> str:
         """The slots and their GPUs."""
@@ -45,47 +56,94 @@ class LocalExecutor(Executor):
         return [self._start() for _ in range(count)]
 
     def poll(self) -> Mapping[str, WorkerStatus]:
-        """The processes' exit codes."""
-        return {worker: _status(process.poll()) for worker, process in self._workers.items()}
+        """The processes' exit codes; of those that an earlier coordinator has started, whether they exist."""
+        if not self._looked:
+            self._looked = True
+            self._find_earlier()
+        return {worker: process.status() for worker, process in self._workers.items()}
 
     def stop(self, workers: Iterable[str]) -> None:
-        """Send SIGTERM."""
+        """Send SIGTERM, also to one that is stopped."""
         for worker in workers:
-            if self._workers[worker].poll() is None:
-                self._workers[worker].send_signal(signal.SIGTERM)
+            if self._workers[worker].status().state is WorkerState.ALIVE:
+                self._workers[worker].send(signal.SIGTERM)
+                self._workers[worker].send(signal.SIGCONT)
 
     def close(self, timeout_s: float) -> None:
         """Wait for the processes; SIGTERM first, SIGKILL after the time."""
         self.stop(self._workers)
         deadline = time.monotonic() + timeout_s
         for process in self._workers.values():
+            if not process.ends_before(deadline):
+                process.send(signal.SIGKILL)
+                process.ends_before(deadline + _KILL_S)
+
+    def _find_earlier(self) -> None:
+        """Workers of this machine that an earlier coordinator of the sweep has started and that still live."""
+        for path in Path(self._context.spec.directory).glob(f"workers/*/{_RECORD}"):
             try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                record = json.loads(path.read_text())
+                process = _Process(record["pid"], record["started"])
+            except (OSError, ValueError, KeyError):
+                continue
+            here = record["host"] == socket.gethostname() and process.status().state is WorkerState.ALIVE
+            if here and path.parent.name not in self._workers:
+                self._workers[path.parent.name] = process
 
     def _start(self) -> str:
         worker = f"local-{uuid.uuid4().hex[:8]}"
         directory = Path(self._context.spec.directory) / "workers" / worker
         directory.mkdir(parents=True, mode=0o700)
-        command = [sys.executable, "-P", "-m", "repro_sweep.worker.agent", "--socket", self._context.socket]
-        command += ["--worker", worker, *(f"--slot={','.join(gpus)}" for gpus in self._slots)]
+        command = [sys.executable, "-P", "-m", "repro_sweep.worker.agent", "--worker", worker]
+        command += ["--directory", self._context.spec.directory, "--socket", self._context.socket]
+        command += [*(f"--slot={','.join(gpus)}" for gpus in self._slots)]
         try:
             with (directory / "worker.log").open("wb") as log:
-                self._workers[worker] = subprocess.Popen(
+                child = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
+            self._workers[worker] = _Process(child.pid, started_at(child.pid), child)
+            record = {"host": socket.gethostname(), "pid": child.pid, "started": started_at(child.pid)}
+            write_file(directory / _RECORD, json.dumps(record))
         except OSError as error:
             raise SweepError(f"sweep/executor=local: the worker cannot be started: {error}") from error
         return worker
 
 
-def _status(code: int | None) -> WorkerStatus:
-    if code is None:
-        return WorkerStatus(state=WorkerState.ALIVE)
-    detail = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-    return WorkerStatus(state=WorkerState.ENDED, detail=detail)
+class _Process:
+    """A worker's process: a child of ours, or one that an earlier coordinator has left."""
+
+    def __init__(self, pid: int, started: int, child: subprocess.Popen[bytes] | None = None) -> None:
+        self._pid = pid
+        self._started = started
+        self._child = child
+
+    def status(self) -> WorkerStatus:
+        if self._child is None:
+            alive = started_at(self._pid) == self._started
+            return _ALIVE if alive else WorkerStatus(state=WorkerState.ENDED, detail="is gone")
+        code = self._child.poll()
+        if code is None:
+            return _ALIVE
+        detail = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return WorkerStatus(state=WorkerState.ENDED, detail=detail)
+
+    def send(self, number: signal.Signals) -> None:
+        if self._child is not None:
+            self._child.send_signal(number)
+        elif self.status().state is WorkerState.ALIVE:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, number)
+
+    def ends_before(self, deadline: float) -> bool:
+        while self.status().state is WorkerState.ALIVE:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK_S)
+        return True
+
+
+_ALIVE = WorkerStatus(state=WorkerState.ALIVE)
 
 
 OPTIONS = Options

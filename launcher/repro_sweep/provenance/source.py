@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,41 @@ def git_state(directory: Path) -> GitState | None:
         return None
     changes = _git(directory, "status", "--porcelain", "--untracked-files=no")
     return GitState(commit=commit.strip(), dirty=bool(changes))
+
+
+def code_fingerprint(directory: Path) -> str:
+    """A hash of the project's Python files, tracked or not; equal code gives equal fingerprints wherever it lies.
+
+    In a repository these are the files below ``directory`` that git does not ignore, elsewhere all below it that are
+    not in hidden folders, virtual environments or the output of sweeps.
+    """
+    listed = _git(directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "*.py")
+    if listed is not None:
+        files = [directory / name for name in listed.split("\0") if name]
+    else:
+        files = list(_python_files(directory))
+    total = hashlib.sha256()
+    for file in sorted(files):
+        if not file.is_file():
+            continue
+        total.update(file.relative_to(directory).as_posix().encode("utf-8", "surrogateescape") + b"\0")
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
+_OUTPUT = frozenset({"multirun", "outputs", "mlruns", "mlartifacts", "__pycache__", "node_modules"})
+
+
+def _python_files(directory: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(directory):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name not in _OUTPUT
+            and not (Path(parent) / name / "pyvenv.cfg").exists()
+        ]
+        yield from (Path(parent) / name for name in names if name.endswith(".py"))
 
 
 def _git(directory: Path, *command: str) -> str | None:

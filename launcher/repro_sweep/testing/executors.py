@@ -12,7 +12,8 @@ from pathlib import Path
 from repro_sweep.config.identity import identity
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.executors.base import Executor, WorkerState
-from repro_sweep.ledger import Ledger, NewTrial, now
+from repro_sweep.ledger import Ledger
+from repro_sweep.records import NewTrial, now
 from repro_sweep.server import Server
 from repro_sweep.states import Direction, TrialState
 from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking

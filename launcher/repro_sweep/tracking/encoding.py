@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from repro_sweep.ledger import Attempt, Trial
+from repro_sweep.records import Attempt, Trial
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from repro_sweep.ledger import Attempt, Ledger, Trial
+from repro_sweep.ledger import Ledger
+from repro_sweep.records import Attempt, Trial
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking import encoding

@@ -1,17 +1,15 @@
 """The worker agent: a process that holds slots and claims a trial for each free one until none is left.
 
-It never runs user code itself (see ``zygote``). Each slot is a thread: claim, run, finish, claim again.
+It never runs user code itself (see ``zygote``). Each slot is a thread: claim, run, finish, claim again. It outlives its
+coordinator (see ``link``): its trials go on, and the next coordinator gets their results.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import json
 import logging
 import os
-import selectors
 import signal
 import socket
 import sys
@@ -21,20 +19,23 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from repro_sweep import protocol
+from repro_sweep import protocol, spool
 from repro_sweep.errors import ProtocolError
-from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.states import FailureKind
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.worker.client import Client, CoordinatorLostError
-from repro_sweep.worker.nursery import Child, Nursery
-from repro_sweep.worker.output import CappedLog
+from repro_sweep.worker.attempt import LOG_NAME, Run, failure
+from repro_sweep.worker.client import CoordinatorLostError
+from repro_sweep.worker.link import Link
+from repro_sweep.worker.nursery import Nursery
 
-LOG_NAME = "trial.log"
+__all__ = ["LOG_NAME", "Agent", "main"]
+
 HEARTBEAT_S = 1.0
 _FLUSH_S = 0.25
-_CHUNK = 1 << 18
-_DRAIN_S = 1.0
-_PR_SET_PDEATHSIG = 1
+_LOOK_S = 0.1
+_IDLE_S = 0.5
+_END_S = 10.0
+_FIRST_JOIN_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -42,54 +43,44 @@ log = logging.getLogger(__name__)
 class Agent:
     """A worker's slots, its zygote and its link to the coordinator."""
 
-    def __init__(self, worker: str, client: Client, gpus: list[tuple[str, ...]]) -> None:
+    def __init__(self, worker: str, directory: Path, socket_path: str, gpus: list[tuple[str, ...]]) -> None:
         self._worker = worker
-        self._client = client
         self._gpus = gpus
-        registered = client.post(
-            "/register",
-            protocol.Register(
-                worker=worker, host=socket.gethostname(), pid=os.getpid(), slots=len(gpus), gpus=tuple(gpus)
-            ),
-            protocol.Registered,
-        )
-        self._spec = SweepSpec.model_validate_json(registered.spec)
-        self._nursery = Nursery(registered.spec)
+        self._link = Link(directory, socket_path, self._introduction)
+        self._spec_text = ""
         self._running: dict[str, Run] = {}
+        self._claimed: set[str] = set()
+        self._idle: set[int] = set()
         self._outbox: list[protocol.Report] = []
         self._outbox_lock = threading.Lock()
-        self._sending = (
-            threading.Lock()
-        )  # held while reports are on their way, so that a finish comes after them
         self._stopping = threading.Event()
-        self._lost = False
+        self._done = threading.Event()
+        self._failed = False
 
     def work(self) -> bool:
-        """Run trials until none is left, or until SIGTERM; returns whether the coordinator was there to the end."""
+        """Run trials until none is left, or until SIGTERM; returns whether all went well."""
         signal.signal(signal.SIGTERM, lambda *_: self._stopping.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        registered = self._join()
+        if registered is None:
+            return False
+        self._spec_text = registered.spec
+        self._spec = SweepSpec.model_validate_json(registered.spec)
+        self._nursery = Nursery(registered.spec)
         slots = [
             threading.Thread(target=self._slot, args=(slot,), daemon=True, name=f"slot {slot}")
             for slot in range(len(self._gpus))
         ]
-        threading.Thread(target=self._flush_reports, daemon=True, name="reports").start()
+        for target in (self._send_reports, self._send_heartbeats):
+            threading.Thread(target=target, daemon=True, name=target.__name__).start()
         for thread in slots:
             thread.start()
-        beat = 0.0
         while any(thread.is_alive() for thread in slots) and not self._stopping.is_set():
-            if time.monotonic() >= beat:
-                beat = time.monotonic() + HEARTBEAT_S
-                self._heartbeat()
-            self._stopping.wait(0.05)
-        for run in list(self._running.values()):
-            run.kill(FailureKind.CANCELLED)
-        deadline = time.monotonic() + 10.0
-        while self._running and not self._lost and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if not self._lost:
-            self._heartbeat(leaving=True)
-        self._nursery.close()
-        return not self._lost
+            self._look()
+            self._stopping.wait(_LOOK_S)
+        self._end()
+        return not self._failed
 
     def report(self, report: protocol.Report) -> None:
         """Queue a trial's report for sending."""
@@ -99,10 +90,97 @@ class Agent:
     def find_run(self, attempt: str) -> dict[str, Any]:
         """The MLflow run of an attempt's trial."""
         try:
-            reply = self._client.post("/run", protocol.RunRequest(attempt=attempt), protocol.RunReference)
+            reply = self._link.post("/run", protocol.RunRequest(attempt=attempt), protocol.RunReference)
         except (CoordinatorLostError, ProtocolError) as error:
             return {"error": str(error)}
         return reply.model_dump()
+
+    # --- the coordinator -------------------------------------------------------------------------------------
+
+    def _introduction(self) -> protocol.Register:
+        return protocol.Register(
+            worker=self._worker, host=socket.gethostname(), pid=os.getpid(), slots=len(self._gpus),
+            gpus=tuple(self._gpus), attempts=(*self._running, *self._claimed), spec=self._spec_text,
+        )  # fmt: skip
+
+    def _join(self) -> protocol.Registered | None:
+        """Register for the first time."""
+        while not self._stopping.is_set() and self._link.lost_for_s < _FIRST_JOIN_S:
+            registered = self._link.look()
+            if registered is not None:
+                return registered
+            self._stopping.wait(_LOOK_S)
+        return None
+
+    def _look(self) -> None:
+        """See whether there is another coordinator; leave when there has been none for long and nothing runs."""
+        registered = self._link.look()
+        if registered is not None:
+            self._kill(registered.stop)
+        if not self._running and self._link.lost_for_s > 60 * self._spec.limits.orphan_timeout_min:
+            log.warning("no coordinator for %g min: leaving", self._spec.limits.orphan_timeout_min)
+            self._stopping.set()
+
+    def _kill(self, attempts: tuple[str, ...]) -> None:
+        for run in [run for attempt, run in list(self._running.items()) if attempt in attempts]:
+            run.kill(FailureKind.CANCELLED)
+
+    def _end(self) -> None:
+        """Stop what runs, deliver or keep what has ended, and go."""
+        for run in list(self._running.values()):
+            run.kill(FailureKind.CANCELLED)
+        if self._link.lost_for_s:
+            self._link.give_up()
+        deadline = time.monotonic() + _END_S
+        while self._running and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if not self._link.lost_for_s:
+            leave = threading.Thread(target=self._heartbeat, kwargs={"leaving": True}, daemon=True)
+            leave.start()
+            leave.join(_END_S)
+        self._link.give_up()
+        self._nursery.close()
+
+    def _send_heartbeats(self) -> None:
+        while not self._stopping.is_set():
+            self._heartbeat()
+            self._stopping.wait(HEARTBEAT_S)
+
+    def _heartbeat(self, *, leaving: bool = False) -> None:
+        message = protocol.Heartbeat(worker=self._worker, attempts=tuple(self._running), leaving=leaving)
+        with contextlib.suppress(CoordinatorLostError), self._failing_on_refusal():
+            beat = self._link.post("/heartbeat", message, protocol.Beat)
+            self._kill(beat.stop)
+            if not beat.known:
+                self._link.rejoin()
+
+    def _send_reports(self) -> None:
+        while True:
+            time.sleep(_FLUSH_S)
+            with self._outbox_lock:
+                batch = tuple(self._outbox)
+            if not batch:
+                continue
+            message = protocol.Reports(worker=self._worker, reports=batch)
+            with contextlib.suppress(CoordinatorLostError), self._failing_on_refusal():
+                self._link.post("/report", message, protocol.Acknowledged)
+                with self._outbox_lock:  # until now, a finish would have taken them along
+                    self._outbox = [report for report in self._outbox if report not in batch]
+
+    @contextlib.contextmanager
+    def _failing_on_refusal(self) -> Any:
+        try:
+            yield
+        except ProtocolError as error:
+            log.error("%s", error)  # noqa: TRY400  (one line says it all)
+            self._fail()
+
+    def _fail(self) -> None:
+        """End this worker: a slot that died alone would keep its trial for ever."""
+        self._failed = True
+        self._stopping.set()
+
+    # --- a slot ----------------------------------------------------------------------------------------------
 
     def _slot(self, slot: int) -> None:
         self._nursery.wait_ready()
@@ -110,35 +188,50 @@ class Agent:
             log.error("%s", self._nursery.failed)
         finished: protocol.Finish | None = None
         try:
-            while not self._stopping.is_set() and self._nursery.failed is None:
-                claim = protocol.Claim(
-                    worker=self._worker, slot=slot, attempt=uuid.uuid4().hex, finished=finished
-                )
-                claimed = self._client.post("/claim", claim, protocol.Claimed)
-                self._delivered(finished)
-                finished = None
-                if claimed.assignment is not None:
-                    finished = self._run(claimed.assignment, self._gpus[slot])
-                elif claimed.over:
-                    return
+            with self._failing_on_refusal():
+                while not self._stopping.is_set() and self._nursery.failed is None:
+                    claimed, finished = self._claim(slot, finished), None
+                    if claimed.assignment is not None:
+                        finished = self._run(claimed.assignment)
+                    elif claimed.over and self._all_idle(slot):
+                        return
+                if finished is not None:
+                    self._link.post("/finish", finished, protocol.Acknowledged)
+                    self._delivered(finished)
+        except CoordinatorLostError:
             if finished is not None:
-                self._client.post("/finish", finished, protocol.Acknowledged)
-                self._delivered(finished)
-        except (CoordinatorLostError, ProtocolError) as error:
-            log.error("%s", error)  # noqa: TRY400  (one line says it all)
-            self._lose()
+                self._running.pop(finished.attempt, None)  # its result is on disk
         except Exception:
             log.exception("slot %d", slot)
-            self._lose()
+            self._fail()
 
-    def _lose(self) -> None:
-        """End this worker: a slot that died alone would keep its trial for ever."""
-        self._lost = True
-        self._stopping.set()
+    def _claim(self, slot: int, finished: protocol.Finish | None) -> protocol.Claimed:
+        attempt = uuid.uuid4().hex
+        claim = protocol.Claim(worker=self._worker, slot=slot, attempt=attempt, finished=finished)
+        self._claimed.add(attempt)
+        try:
+            claimed = self._link.post("/claim", claim, protocol.Claimed)
+            if claimed.assignment is not None:
+                self._running[attempt] = Run(
+                    self, self._nursery, self._spec, claimed.assignment, self._gpus[slot]
+                )
+        finally:
+            self._claimed.discard(attempt)
+        self._delivered(finished)
+        return claimed
 
-    def _run(self, assignment: protocol.Assignment, gpus: tuple[str, ...]) -> protocol.Finish:
-        run = Run(self, self._nursery, self._spec, assignment, gpus)
-        self._running[assignment.attempt] = run
+    def _all_idle(self, slot: int) -> bool:
+        """No trial will come; but if another slot still runs one, a new coordinator may have more."""
+        self._idle.add(slot)
+        if len(self._idle) == len(self._gpus):
+            self._done.set()
+        if self._done.wait(_IDLE_S):
+            return True
+        self._idle.discard(slot)
+        return False
+
+    def _run(self, assignment: protocol.Assignment) -> protocol.Finish:
+        run = self._running[assignment.attempt]
         if self._stopping.is_set():
             run.kill(FailureKind.CANCELLED)
         try:
@@ -146,210 +239,38 @@ class Agent:
         except Exception as error:
             log.exception("trial %d", assignment.trial)
             run.kill(FailureKind.EXCEPTION)
-            result = _failure(FailureKind.EXCEPTION, f"the worker failed: {error!r}")
-        with self._sending, self._outbox_lock:
-            mine = tuple(report for report in self._outbox if report.attempt == assignment.attempt)
+            result = failure(FailureKind.EXCEPTION, f"the worker failed: {error!r}")
+        with self._outbox_lock:
+            mine = [report for report in self._outbox if report.attempt == assignment.attempt]
             self._outbox = [report for report in self._outbox if report.attempt != assignment.attempt]
         return protocol.Finish(
-            worker=self._worker, attempt=assignment.attempt, ended_at=time.time(), reports=mine, **result
+            worker=self._worker,
+            attempt=assignment.attempt,
+            ended_at=time.time(),
+            reports=tuple(mine),
+            **result,
         )
 
     def _delivered(self, finished: protocol.Finish | None) -> None:
         if finished is not None:
-            del self._running[finished.attempt]
-
-    def _flush_reports(self) -> None:
-        while not self._lost:
-            time.sleep(_FLUSH_S)
-            with self._sending:
-                with self._outbox_lock:
-                    batch, self._outbox = tuple(self._outbox), []
-                if batch:
-                    try:
-                        message = protocol.Reports(worker=self._worker, reports=batch)
-                        self._client.post("/report", message, protocol.Acknowledged)
-                    except (CoordinatorLostError, ProtocolError) as error:
-                        log.error("%s", error)  # noqa: TRY400  (one line says it all)
-                        self._lose()
-
-    def _heartbeat(self, *, leaving: bool = False) -> None:
-        message = protocol.Heartbeat(worker=self._worker, attempts=tuple(self._running), leaving=leaving)
-        try:
-            self._client.post("/heartbeat", message, protocol.Acknowledged)
-        except (CoordinatorLostError, ProtocolError) as error:
-            log.error("%s", error)  # noqa: TRY400  (one line says it all)
-            self._lose()
-
-
-class Run:
-    """One attempt: its process, its output, its messages."""
-
-    def __init__(
-        self,
-        agent: Agent,
-        nursery: Nursery,
-        spec: SweepSpec,
-        assignment: protocol.Assignment,
-        gpus: tuple[str, ...],
-    ) -> None:
-        self._agent = agent
-        self._nursery = nursery
-        self._assignment = assignment
-        self._directory = Path(assignment.directory)
-        self._limit = int(spec.log_limit_mb * 1_000_000)
-        self._gpus = gpus
-        self._child: Child | None = None
-        self._killed: FailureKind | None = None
-        self._buffer = b""
-        self._seq = 0
-        self._result: dict[str, Any] | None = None
-
-    def kill(self, kind: FailureKind) -> None:
-        """Kill the trial with everything it started; the attempt fails as ``kind``."""
-        self._killed = kind
-        if self._child is not None:
-            self._nursery.kill(self._child)
-
-    def run(self) -> dict[str, Any]:
-        """Run the attempt to its end; returns the result's fields of :class:`protocol.Finish`."""
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with contextlib.ExitStack() as stack:
-                output = stack.enter_context(
-                    contextlib.closing(CappedLog(self._directory / LOG_NAME, self._limit))
-                )
-                if self._assignment.ordinal > 0:
-                    output.write(f"[repro-sweep: attempt {self._assignment.ordinal + 1}]\n".encode())
-                self._run(stack, output)
-        except OSError as error:  # a full disk, for one: the trial ends, the worker lives
-            self.kill(FailureKind.EXCEPTION)
-            return _failure(FailureKind.EXCEPTION, f"its directory, log or process cannot be used: {error}")
-        return self._outcome()
-
-    def _run(self, stack: contextlib.ExitStack, output: CappedLog) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        stack.enter_context(ours)
-        read, write = os.pipe2(os.O_CLOEXEC)
-        stack.callback(os.close, read)
-        try:
-            with theirs:
-                self._child = self._nursery.start(self._request(), theirs.fileno(), write)
-        finally:
-            os.close(write)
-        stack.callback(self._child.close)
-        if self._killed is not None:
-            self._nursery.kill(self._child)
-        self._attend(self._child, ours, read, output)
-
-    def _request(self) -> dict[str, Any]:
-        assignment = self._assignment
-        return {
-            "run": assignment.attempt,
-            "trial": assignment.trial,
-            "overrides": list(assignment.overrides),
-            "config": assignment.config,
-            "directory": str(self._directory),
-            "gpus": list(self._gpus),
-        }
-
-    def _attend(self, child: Child, channel: socket.socket, output_fd: int, output: CappedLog) -> None:
-        """Take the trial's messages and output until it is over and all of it is read."""
-        os.set_blocking(output_fd, False)
-        with selectors.DefaultSelector() as selector:
-            for source in (channel, output_fd, child.ended):
-                selector.register(source, selectors.EVENT_READ)
-            deadline: float | None = None
-            while selector.get_map():
-                ready = selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
-                if not ready or (deadline is not None and time.monotonic() >= deadline):
-                    return  # a process that outlived its trial holds the other end
-                for key, _ in ready:
-                    if key.fileobj is channel:
-                        more = self._read_channel(channel)
-                    elif key.fileobj == output_fd:
-                        more = _read_output(output_fd, output)
-                    else:
-                        more = False
-                        deadline = time.monotonic() + _DRAIN_S
-                    if not more:
-                        selector.unregister(key.fileobj)
-
-    def _read_channel(self, channel: socket.socket) -> bool:
-        try:
-            data = channel.recv(_CHUNK)
-        except ConnectionResetError:
-            data = b""
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        for line in lines:
-            message = json.loads(line)
-            if "report" in message:
-                self._agent.report(
-                    protocol.Report(attempt=self._assignment.attempt, seq=self._seq, **message["report"])
-                )
-                self._seq += 1
-            elif "run" in message:
-                answer = json.dumps(self._agent.find_run(self._assignment.attempt))
-                with contextlib.suppress(OSError):  # it was killed while it waited
-                    channel.sendall(answer.encode() + b"\n")
-            elif "imported" in message:
-                self._nursery.preload(message["imported"])
-            else:
-                self._result = message["result"]
-        return bool(data)
-
-    def _outcome(self) -> dict[str, Any]:
-        child = self._child
-        if self._result is not None:
-            missing = self._result.pop("missing", False)
-            return {**self._result, "metric_missing": missing}
-        if self._killed is not None:
-            return _failure(self._killed, "stopped")
-        if child is None or child.lost:
-            return _failure(FailureKind.NODE_LOST, "the process that forks trials was killed")
-        if child.refused is not None:
-            return _failure(FailureKind.EXCEPTION, child.refused)
-        return _failure(FailureKind.CRASH, _ending(child.status))
-
-
-def _read_output(fd: int, output: CappedLog) -> bool:
-    data = os.read(fd, _CHUNK)
-    if data:
-        output.write(data)
-    return bool(data)
-
-
-def _failure(kind: FailureKind, message: str) -> dict[str, Any]:
-    return {"state": TrialState.FAIL, "kind": kind, "message": message}
-
-
-def _ending(status: int | None) -> str:
-    if status is None:
-        return "its process ended for an unknown reason"
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    return f"its process exited with status {status} before the task returned"
+            run = self._running.pop(finished.attempt)
+            if run.reported:
+                spool.drop_reports(run.directory, finished.attempt)
 
 
 def main() -> None:
     """Entry point of a worker process."""
     parser = argparse.ArgumentParser(prog="repro-sweep-worker")
+    parser.add_argument("--directory", required=True, type=Path, help="the sweep's directory")
     parser.add_argument("--socket", required=True, help="the coordinator's Unix socket")
     parser.add_argument("--worker", required=True, help="this worker's id")
     parser.add_argument(
         "--slot", action="append", required=True, help="a slot's GPUs, such as 0,1; once for each slot"
     )
     args = parser.parse_args()
-    ctypes.CDLL(None).prctl(
-        _PR_SET_PDEATHSIG, signal.SIGTERM
-    )  # no trial runs on while the next coordinator has it too
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     gpus = [tuple(gpu for gpu in slot.split(",") if gpu) for slot in args.slot]
-    try:
-        ok = Agent(args.worker, Client(args.socket), gpus).work()
-    except (CoordinatorLostError, ProtocolError) as error:
-        log.error("%s", error)  # noqa: TRY400  (one line says it all)
-        ok = False
-    sys.exit(0 if ok else 1)
+    sys.exit(0 if Agent(args.worker, args.directory, args.socket, gpus).work() else 1)
 
 
 if __name__ == "__main__":

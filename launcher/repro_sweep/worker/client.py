@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import threading
@@ -16,11 +17,13 @@ from repro_sweep.protocol import Message
 _Reply = TypeVar("_Reply", bound=Message)
 
 RETRY_FOR_S = 10.0
+_DEAD_AFTER_S = 1.0
 _PAUSE_S = 0.2
+_ABSENT = (ConnectionRefusedError, FileNotFoundError)
 
 
 class CoordinatorLostError(Exception):
-    """The coordinator has not answered for :data:`RETRY_FOR_S`."""
+    """Nobody answers at the coordinator's address, or one who has been replaced."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -44,6 +47,8 @@ class Client:
         self._path = path
         self._timeout_s = timeout_s
         self._local = threading.local()
+        self._open: set[_UnixConnection] = set()
+        self._closed = False
 
     def post(self, path: str, message: Message, reply: type[_Reply]) -> _Reply:
         """Send a message and return the reply.
@@ -52,31 +57,52 @@ class Client:
             CoordinatorLostError: nobody answers.
             ProtocolError: the coordinator refuses the message.
         """
-        body = message.model_dump_json()
-        deadline: float | None = None
-        while True:
-            try:
-                status, data = self._once(path, body)
-                break
-            except (OSError, http.client.HTTPException) as error:
-                self._drop()
-                if deadline is None:  # at once: an idle connection may have been closed
-                    deadline = time.monotonic() + RETRY_FOR_S
-                elif time.monotonic() > deadline:
-                    raise CoordinatorLostError(f"{self._path}: {error}") from error
-                else:
-                    time.sleep(_PAUSE_S)
-        if status != http.HTTPStatus.OK:
-            raise ProtocolError(f"{path}: {status} {data[:500].decode(errors='replace')}")
+        data = self.exchange(path, message)
         try:
             return reply.model_validate_json(data)
         except ValidationError as error:
             raise ProtocolError(f"{path}: {error}") from error
 
+    def exchange(self, path: str, message: Message) -> bytes:
+        """The same for a reply that is JSON of another kind."""
+        body = message.model_dump_json()
+        began = time.monotonic()
+        trouble, tries = "", 0
+        while not self._closed:
+            absent = False
+            try:
+                status, data = self._once(path, body)
+            except (OSError, http.client.HTTPException) as error:
+                self._drop()
+                trouble, absent = str(error), isinstance(error, _ABSENT)
+            else:
+                if status == http.HTTPStatus.OK:
+                    return data
+                if status == http.HTTPStatus.GONE:
+                    raise CoordinatorLostError(data.decode(errors="replace"))
+                trouble = f"{path}: {status} {data[:500].decode(errors='replace')}"
+                if status < http.HTTPStatus.INTERNAL_SERVER_ERROR or time.monotonic() - began > RETRY_FOR_S:
+                    raise ProtocolError(trouble)
+            if time.monotonic() - began > (_DEAD_AFTER_S if absent else RETRY_FOR_S):
+                break
+            tries += 1
+            if tries > 1:  # the first time at once: an idle connection may have been closed
+                time.sleep(_PAUSE_S)
+        raise CoordinatorLostError(f"{self._path}: {trouble or 'there is another coordinator'}")
+
+    def close(self) -> None:
+        """End all connections; threads that wait for a reply are told at once."""
+        self._closed = True
+        for connection in list(self._open):
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
     def _once(self, path: str, body: str) -> tuple[int, bytes]:
         connection: _UnixConnection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = _UnixConnection(self._path, self._timeout_s)
+            self._open.add(connection)
         connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, response.read()
@@ -85,4 +111,5 @@ class Client:
         connection: _UnixConnection | None = getattr(self._local, "connection", None)
         if connection is not None:
             connection.close()
+            self._open.discard(connection)
             self._local.connection = None

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from repro_sweep.worker import wire
+from repro_sweep.worker.wire import STACKS_SIGNAL
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,17 @@ class Nursery:
             if child.attempt in self._children:
                 with contextlib.suppress(OSError):  # the zygote is gone, and took its children with it
                     wire.send(self._sock, {"kill": child.attempt})
+
+    def show_stacks(self, child: Child) -> None:
+        """Have a trial write its Python stacks to its log."""
+        if child.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.process.pid, STACKS_SIGNAL)
+            return
+        with self._lock:
+            if child.attempt in self._children:
+                with contextlib.suppress(OSError):
+                    wire.send(self._sock, {"stacks": child.attempt})
 
     def close(self) -> None:
         """End the zygote and wait for it."""

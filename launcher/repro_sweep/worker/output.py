@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from pathlib import Path
 
 
 class CappedLog:
     """Writes output to a file as it comes. Past half of ``limit`` bytes it keeps the last half in memory only,
-    and :meth:`close` appends it behind a line that says how much was left out."""
+    and :meth:`close` appends it behind a line that says how much was left out. What a full disk does not take is left
+    out too: no trial fails for its log."""
 
     def __init__(self, path: Path, limit: int) -> None:
         self._file = path.open("ab", buffering=0)
@@ -21,7 +23,7 @@ class CappedLog:
     def write(self, data: bytes) -> None:
         """Take output."""
         if self._room > 0:
-            self._file.write(data[: self._room])
+            self._write(data[: self._room])
             data, self._room = data[self._room :], max(0, self._room - len(data))
         if data:
             self._tail.append(data)
@@ -33,8 +35,15 @@ class CappedLog:
     def close(self) -> None:
         """Write the tail and close the file."""
         if self._dropped:
-            self._file.write(
-                f"\n[repro-sweep: {self._dropped:,} bytes left out (sweep.log_limit_mb)]\n".encode()
-            )
-        self._file.write(b"".join(self._tail))
-        self._file.close()
+            self._write(f"\n[repro-sweep: {self._dropped:,} bytes left out (sweep.log_limit_mb)]\n".encode())
+        self._write(b"".join(self._tail))
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            try:
+                data = data[self._file.write(data) or 0 :]
+            except OSError:
+                self._dropped += len(data)
+                return

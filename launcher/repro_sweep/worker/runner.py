@@ -35,7 +35,9 @@ from repro_sweep.sweep import UNNAMED_METRIC, SweepSpec
 from repro_sweep.tracking import inside
 from repro_sweep.tracking.base import RunRef
 from repro_sweep.worker import preload, threads, trial
+from repro_sweep.worker.attempt import FULL_DISK
 from repro_sweep.worker.logs import JobLogging
+from repro_sweep.worker.wire import STACKS_SIGNAL
 
 _MESSAGE_LIMIT = 2000
 _GPUS = "CUDA_VISIBLE_DEVICES"
@@ -89,7 +91,8 @@ class Runner:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # text streams on descriptors
         faulthandler.enable(file=2)
-        context = trial.Context(socket.socket(fileno=channel_fd), Path(message["directory"]))
+        faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
+        context = trial.Context(socket.socket(fileno=channel_fd), Path(message["directory"]), message["run"])
         trial.enter(context)
         known = preload.imported()
         result = self._result(message, context)
@@ -254,8 +257,13 @@ def _invalid(message: str, metrics: dict[str, float]) -> dict[str, Any]:
 def _kind(error: BaseException) -> FailureKind:
     if isinstance(error, MemoryError):
         return FailureKind.OUT_OF_MEMORY
-    if type(error).__name__ in ("OutOfMemoryError", "XlaRuntimeError") and "memory" in str(error).lower():
-        return FailureKind.GPU_OUT_OF_MEMORY
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if type(error).__name__ in ("OutOfMemoryError", "XlaRuntimeError") and "memory" in text:
+        return FailureKind.GPU_OUT_OF_MEMORY  # torch's and jax's own
+    if "defaultcpuallocator" in text and "memory" in text:
+        return FailureKind.OUT_OF_MEMORY  # torch's, for the host's memory
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return FailureKind.NODE_LOST  # the machine's fault
     return FailureKind.EXCEPTION
 
 

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from repro_sweep.errors import ReproSweepError
+from repro_sweep.spool import ReportLog
 
 
 class Context:
     """The running trial's link to its worker: JSON lines over a socket."""
 
-    def __init__(self, channel: socket.socket, directory: Path) -> None:
+    def __init__(self, channel: socket.socket, directory: Path, attempt: str) -> None:
         self.directory = directory
+        self._reports = ReportLog(directory, attempt)
         self._channel = channel
         self._lines = channel.makefile("rb")
         self._lock = threading.Lock()  # user code may report from threads of its own
@@ -48,8 +50,12 @@ class Context:
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send metrics of one step; they also are the final ones unless the task returns others."""
-        self.last.update(metrics)
-        self.send(report={"step": step, "time": time.time(), "metrics": dict(metrics)})
+        now = time.time()
+        with self._lock:
+            self.last.update(metrics)
+            seq = self._reports.add(step, now, metrics)
+            report = {"seq": seq, "step": step, "time": now, "metrics": dict(metrics)}
+            self._channel.sendall(json.dumps({"report": report}).encode() + b"\n")
 
 
 _MOST_STEPS = 2**63

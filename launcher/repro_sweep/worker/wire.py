@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import struct
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 _LENGTH = struct.Struct("!I")
 _MAX_FDS = 2
+STACKS_SIGNAL = signal.SIGRTMIN + 7
+"""Makes a trial write its Python stacks to its log; a real-time signal, which leaves all others to the task."""
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:

@@ -5,8 +5,9 @@ would hang or crash. If the import did one of these, the zygote says so and fork
 process for each trial (``--inline``), which runs that one trial itself.
 
 Messages from the agent: ``{"spec"}`` first, then ``{"run": attempt, ...}`` with the trial's channel and output,
-``{"kill": attempt}``, and ``{"preload": modules}`` that a trial had to import. To the agent: ``{"ready", "hazard"}`` or
-``{"failed"}``, then ``{"refused", "message"}`` or ``{"ended", "status"}`` for each trial.
+``{"kill": attempt}``, ``{"stacks": attempt}`` (into its log), and ``{"preload": modules}`` that a trial had to import.
+To the agent: ``{"ready", "hazard"}`` or ``{"failed"}``, then ``{"refused", "message"}`` or ``{"ended", "status"}`` for
+each trial.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +68,10 @@ class Zygote:
 
     def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
         if "kill" in message:
-            for pid, attempt in self._children.items():
-                if attempt == message["kill"]:
-                    _kill_group(pid)
+            self._of(message["kill"], _kill_group)
+            return
+        if "stacks" in message:
+            self._of(message["stacks"], lambda pid: os.kill(pid, wire.STACKS_SIGNAL))
             return
         if "preload" in message:
             preload.load(message["preload"])
@@ -96,6 +99,10 @@ class Zygote:
         for fd in fds:
             os.close(fd)
         self._children[pid] = attempt
+
+    def _of(self, attempt: str, do: Callable[[int], None]) -> None:
+        for pid in [pid for pid, each in self._children.items() if each == attempt]:
+            do(pid)
 
     def _child(self, message: dict[str, Any], fds: list[int], zygote: int) -> None:
         try:

@@ -1,0 +1,131 @@
+"""Runs a sweep's coordinator in this process, with its display, and sums it up."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from repro_sweep.cli.display import Display
+from repro_sweep.cli.summary import summarise
+from repro_sweep.coordinator import Coordinator
+from repro_sweep.errors import LeaseLostError, ReproSweepError, SweepError
+from repro_sweep.executors import base as executors
+from repro_sweep.lease import Lease, holder_of
+from repro_sweep.ledger import Ledger
+from repro_sweep.server import Server
+from repro_sweep.states import TrialState
+from repro_sweep.tracking.process import TrackerProcess
+
+INTERRUPTED = 130
+_UPLOAD_PATIENCE_S = 60.0
+_LOOK_S = 0.5
+
+
+def run(ledger: Ledger, name: str, record: Callable[[Ledger], None]) -> int:
+    """Take a sweep's lease, ``record`` what is new in its ledger, and run it; returns the exit status.
+
+    Raises:
+        ReproSweepError: it cannot be started, or cannot go on.
+    """
+    try:
+        lease = Lease.acquire(ledger, name)
+        record(ledger)
+    except BaseException:
+        ledger.close()
+        raise
+    try:
+        return asyncio.run(_Session(ledger, lease).run())
+    except LeaseLostError as error:
+        raise _superseded(Path(ledger.path).parent, name) from error
+
+
+def _superseded(directory: Path, name: str) -> ReproSweepError:
+    ledger = Ledger.open(directory, readonly=True)
+    holder = holder_of(ledger)
+    ledger.close()
+    who = "another process" if holder is None else holder.describe()
+    return SweepError(f"sweep '{name}' was taken over by {who}, as this one did not go on; nothing is lost")
+
+
+class _Session:
+    """One run of a coordinator with everything around it."""
+
+    def __init__(self, ledger: Ledger, lease: Lease) -> None:
+        self._spec = ledger.spec
+        self._ledger = ledger
+        self._lease = lease
+        self._interrupts = 0
+        self._waiting = any(state is TrialState.WAITING for _, state in ledger.states())
+        self._tracker = TrackerProcess(Path(self._spec.directory))
+        self._coordinator = Coordinator(self._spec, ledger, self._tracker, lease)
+        self._uploading: asyncio.Task[int] | None = None
+
+    async def run(self) -> int:
+        """Run the sweep, upload the rest, print the summary; returns the exit status."""
+        self._handle_signals()
+        await self._tracker.start()
+        try:
+            async with Display(self._coordinator.progress):
+                await self._work()
+                left = await self._upload()
+        finally:
+            await self._tracker.kill()
+            await self._coordinator.close()
+        failed = summarise(self._spec, self._coordinator.progress(), left)
+        return INTERRUPTED if self._interrupts else int(failed)
+
+    async def _work(self) -> None:
+        server = Server(self._coordinator)
+        await server.start()
+        try:
+            self._lease.announce(server.path)
+            await self._coordinator.run(executors.create(self._spec, server.path))
+        finally:
+            await server.stop()
+
+    async def _upload(self) -> int:
+        """Wait until MLflow has everything, or gives no sign of life; returns how many trials it lacks."""
+        self._uploading = asyncio.create_task(self._tracker.finish(math.inf))
+        left, since = self._tracker.progress.left, time.monotonic()
+        try:
+            while not (await asyncio.wait([self._uploading], timeout=_LOOK_S))[0]:
+                if self._tracker.progress.left != left:
+                    left, since = self._tracker.progress.left, time.monotonic()
+                elif time.monotonic() - since > _UPLOAD_PATIENCE_S:
+                    self._uploading.cancel()
+            return self._uploading.result()
+        except asyncio.CancelledError:
+            return self._tracker.progress.left
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go, the sweep goes on
+
+    def _interrupt(self) -> None:
+        self._interrupts += 1
+        if self._uploading is not None:
+            self._uploading.cancel()
+        elif self._interrupts == 1:
+            say("interrupted: nothing new starts, running trials finish; once more to stop them")
+            self._coordinator.drain()
+        else:
+            say("interrupted again: running trials are stopped")
+            self._terminate()
+
+    def _terminate(self) -> None:
+        self._interrupts = max(1, self._interrupts)
+        self._coordinator.stop()
+        if self._uploading is not None:
+            self._uploading.cancel()
+
+
+def say(message: str) -> None:
+    """One line to the user while the sweep runs."""
+    print(f"repro-sweep: {message}", file=sys.stderr, flush=True)

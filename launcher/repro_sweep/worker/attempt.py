@@ -1,0 +1,227 @@
+"""One attempt of a trial, as its worker sees it: its process, its output, its messages, its limits."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import selectors
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from repro_sweep import protocol
+from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.sweep import SweepSpec
+from repro_sweep.worker import oom
+from repro_sweep.worker.nursery import Child, Nursery
+from repro_sweep.worker.output import CappedLog
+
+LOG_NAME = "trial.log"
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+_CHUNK = 1 << 18
+_DRAIN_S = 1.0
+_STACKS_S = 2.0
+
+
+class Desk(Protocol):
+    """Where an attempt hands in what its trial says."""
+
+    def report(self, report: protocol.Report) -> None:
+        """Queue a trial's report for sending."""
+
+    def find_run(self, attempt: str) -> dict[str, Any]:
+        """The MLflow run of an attempt's trial."""
+
+
+class Run:
+    """One attempt: its process, its output, its messages, its limits."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        nursery: Nursery,
+        spec: SweepSpec,
+        assignment: protocol.Assignment,
+        gpus: tuple[str, ...],
+    ) -> None:
+        self._desk = desk
+        self._nursery = nursery
+        self._assignment = assignment
+        self.directory = Path(assignment.directory)
+        self._log_limit = int(spec.log_limit_mb * 1_000_000)
+        self._limits = spec.limits
+        self._gpus = gpus
+        self._child: Child | None = None
+        self._killed: FailureKind | None = None
+        self._buffer = b""
+        self._started = self._reported = time.monotonic()
+        self._stacks_until: float | None = None
+        self._oom_kills = oom.kills()
+        self._result: dict[str, Any] | None = None
+        self.reported = False
+
+    def kill(self, kind: FailureKind) -> None:
+        """Kill the trial with everything it started; the attempt fails as ``kind``."""
+        if self._killed is None:
+            self._killed = kind
+        if self._child is not None:
+            self._nursery.kill(self._child)
+
+    def run(self) -> dict[str, Any]:
+        """Run the attempt to its end; returns the result's fields of :class:`protocol.Finish`."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with contextlib.ExitStack() as stack:
+                output = stack.enter_context(
+                    contextlib.closing(CappedLog(self.directory / LOG_NAME, self._log_limit))
+                )
+                if self._assignment.ordinal > 0:
+                    output.write(f"[repro-sweep: attempt {self._assignment.ordinal + 1}]\n".encode())
+                self._run(stack, output)
+        except OSError as error:  # the trial ends, the worker lives; a full disk is not the trial's fault
+            kind = FailureKind.NODE_LOST if error.errno in FULL_DISK else FailureKind.EXCEPTION
+            self.kill(kind)
+            return failure(kind, f"its directory, log or process cannot be used: {error}")
+        return self._outcome()
+
+    def _run(self, stack: contextlib.ExitStack, output: CappedLog) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        stack.enter_context(ours)
+        read, write = os.pipe2(os.O_CLOEXEC)
+        stack.callback(os.close, read)
+        try:
+            with theirs:
+                self._child = self._nursery.start(self._request(), theirs.fileno(), write)
+        finally:
+            os.close(write)
+        stack.callback(self._child.close)
+        if self._killed is not None:
+            self._nursery.kill(self._child)
+        self._attend(self._child, ours, read, output)
+
+    def _request(self) -> dict[str, Any]:
+        assignment = self._assignment
+        return {
+            "run": assignment.attempt,
+            "trial": assignment.trial,
+            "overrides": list(assignment.overrides),
+            "config": assignment.config,
+            "directory": str(self.directory),
+            "gpus": list(self._gpus),
+        }
+
+    def _attend(self, child: Child, channel: socket.socket, output_fd: int, output: CappedLog) -> None:
+        """Take the trial's messages and output until it is over and all of it is read."""
+        os.set_blocking(output_fd, False)
+        with selectors.DefaultSelector() as selector:
+            for source in (channel, output_fd, child.ended):
+                selector.register(source, selectors.EVENT_READ)
+            deadline: float | None = None
+            while selector.get_map():
+                due = self._look_at_limits(child) if deadline is None else deadline
+                ready = selector.select(None if due is None else max(0.0, due - time.monotonic()))
+                if deadline is not None and (not ready or time.monotonic() >= deadline):
+                    return  # a process that outlived its trial holds the other end
+                for key, _ in ready:
+                    if key.fileobj is channel:
+                        more = self._read_channel(channel)
+                    elif key.fileobj == output_fd:
+                        more = _read_output(output_fd, output)
+                    else:
+                        more = False
+                        deadline = time.monotonic() + _DRAIN_S
+                    if not more:
+                        selector.unregister(key.fileobj)
+
+    def _look_at_limits(self, child: Child) -> float | None:
+        """End the attempt where it has run, or reported nothing, for too long; returns when to look again."""
+        now = time.monotonic()
+        due = []
+        if self._limits.trial_timeout_min is not None:
+            due.append(self._started + 60 * self._limits.trial_timeout_min)
+            if now >= due[-1]:
+                self.kill(FailureKind.TIMEOUT)
+                return None
+        if self._limits.stall_timeout_min is not None:
+            due.append(self._stacks_until or self._reported + 60 * self._limits.stall_timeout_min)
+            if now >= due[-1] and self._stacks_until is None:
+                self._nursery.show_stacks(child)
+                self._stacks_until = due[-1] = now + _STACKS_S
+            elif now >= due[-1]:
+                self.kill(FailureKind.STALLED)
+                return None
+        return min(due, default=None)
+
+    def _read_channel(self, channel: socket.socket) -> bool:
+        try:
+            data = channel.recv(_CHUNK)
+        except ConnectionResetError:
+            data = b""
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "report" in message:
+                self._reported, self._stacks_until = time.monotonic(), None
+                self._desk.report(protocol.Report(attempt=self._assignment.attempt, **message["report"]))
+                self.reported = True
+            elif "run" in message:
+                answer = json.dumps(self._desk.find_run(self._assignment.attempt))
+                with contextlib.suppress(OSError):  # it was killed while it waited
+                    channel.sendall(answer.encode() + b"\n")
+            elif "imported" in message:
+                self._nursery.preload(message["imported"])
+            else:
+                self._result = message["result"]
+        return bool(data)
+
+    def _outcome(self) -> dict[str, Any]:
+        child = self._child
+        if self._result is not None:
+            missing = self._result.pop("missing", False)
+            return {**self._result, "metric_missing": missing}
+        if self._killed is not None:
+            return failure(self._killed, self._why_killed(self._killed))
+        if child is None or child.lost:
+            return failure(FailureKind.NODE_LOST, "the process that forks trials was killed")
+        if child.refused is not None:
+            return failure(FailureKind.EXCEPTION, child.refused)
+        if child.status == -signal.SIGKILL and self._out_of_memory():
+            return failure(FailureKind.OUT_OF_MEMORY, "killed by the kernel: out of memory")
+        return failure(FailureKind.CRASH, _ending(child.status))
+
+    def _why_killed(self, kind: FailureKind) -> str:
+        if kind is FailureKind.TIMEOUT:
+            return f"longer than {self._limits.trial_timeout_min:g} min (sweep.trial_timeout_min)"
+        if kind is FailureKind.STALLED:
+            return (
+                f"no report for {self._limits.stall_timeout_min:g} min (sweep.stall_timeout_min); see its log"
+            )
+        return "stopped"
+
+    def _out_of_memory(self) -> bool:
+        now = oom.kills()
+        return now is not None and self._oom_kills is not None and now > self._oom_kills
+
+
+def _read_output(fd: int, output: CappedLog) -> bool:
+    data = os.read(fd, _CHUNK)
+    if data:
+        output.write(data)
+    return bool(data)
+
+
+def failure(kind: FailureKind, message: str) -> dict[str, Any]:
+    """The fields of a result that say how an attempt has failed."""
+    return {"state": TrialState.FAIL, "kind": kind, "message": message}
+
+
+def _ending(status: int | None) -> str:
+    if status is None:
+        return "its process ended for an unknown reason"
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return f"its process exited with status {status} before the task returned"
