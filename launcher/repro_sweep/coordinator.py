@@ -10,27 +10,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import shutil
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from repro_sweep import protocol, retries, spool
+from repro_sweep import endings, protocol, spool
+from repro_sweep.crew import Crew
 from repro_sweep.errors import LeaseLostError, SweepError
-from repro_sweep.executors.base import Executor, WorkerState
+from repro_sweep.executors.base import Executor
 from repro_sweep.failpoints import failpoint
 from repro_sweep.handout import Group, Handout
 from repro_sweep.journal import Journal
 from repro_sweep.lease import RENEW_S, Lease
 from repro_sweep.ledger import Ledger
-from repro_sweep.progress import Best, Failure, Meter, Progress
+from repro_sweep.progress import Progress
 from repro_sweep.records import Attempt, NewReport, Outcome, Reused, now
-from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
+from repro_sweep.tally import Tally
 from repro_sweep.tracking.process import TrackerProcess
 
 _T = TypeVar("_T")
@@ -38,8 +38,6 @@ _POLL_S = 0.25
 _LOOK_AT_DISK_S = 1.0
 _WORKER_SILENT_S = 60.0
 _OWN_PAUSE_S = 5.0
-_FRUITLESS_WORKERS = 3
-_KILLED_WORKERS = 20
 _CLOSE_S = 15.0
 
 log = logging.getLogger(__name__)
@@ -70,16 +68,6 @@ class _Running:
     started: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """What the ledger made of the end of an attempt."""
-
-    accepted: bool
-    outcome: Outcome
-    again: bool = False
-    alone: bool = False
-
-
 class Coordinator:
     """Owns one sweep's ledger, workers and tracker. All methods belong to one event loop."""
 
@@ -103,40 +91,37 @@ class Coordinator:
         self._cancelling: set[int] = set()
         self._fatal: SweepError | None = None
         self._superseded: LeaseLostError | None = None
-        self._fruitless: Counter[bool] = Counter()
         self._no_space: str | None = None
-        self._meter = Meter()
-        self._best: Best | None = None
-        self._failures: list[Failure] = []
-        self._retried = 0
+        self._crew: Crew | None = None
         self._running: dict[str, _Running] = {}
         self._workers: dict[str, _Worker] = {}
-        withdrawn = ledger.withdrawn
-        states = dict(ledger.states())
-        self._states = {number: state for number, state in states.items() if number not in withdrawn}
         self._handout = Handout()
-        self._take_over(ledger, states)
-        self._counts = dict.fromkeys(TrialState, 0) | Counter(self._states.values())
-        for attempt in ledger.attempts():  # what earlier runs of the sweep have found
-            self._note_best(attempt.trial, attempt.state, attempt.metrics)
+        self._tally = self._take_over(ledger)
 
-    def _take_over(self, ledger: Ledger, states: Mapping[int, TrialState]) -> None:
-        """Expect the workers that an earlier coordinator has left, with what they run."""
-        for attempt in ledger.open_attempts():
+    def _take_over(self, ledger: Ledger) -> Tally:
+        """Take the sweep as it is, and expect the workers that an earlier coordinator has left, with what they run."""
+        running = ledger.open_attempts()
+        mine = {attempt.trial for attempt in running}
+        withdrawn = ledger.withdrawn - mine
+        states = {number: state for number, state in ledger.states() if number not in withdrawn}
+        self._cancelling = set(mine & ledger.cancelled)
+        for attempt in running:
             worker = self._workers.setdefault(attempt.worker, _Worker(attempt.host, time.monotonic()))
             worker.attempts.add(attempt.id)
             group = worker.group(attempt.worker, attempt.slot)
             self._handout.occupy(group)
-            self._states[attempt.trial] = TrialState.RUNNING
             assignment = self._assignment(ledger, attempt)
             self._running[attempt.id] = _Running(
                 attempt.trial, attempt.worker, attempt.slot, group, assignment, time.monotonic()
             )
         tried = {number for number, _, _, started in ledger.changes() if started}
         for number, state in states.items():
-            if state is TrialState.WAITING and number in self._states:
-                alone = number in tried and self._must_be_alone(ledger, number)
-                self._handout.add(number, alone=alone)
+            if state is TrialState.WAITING:
+                self._handout.add(number, alone=number in tried and endings.must_be_alone(ledger, number))
+        tally = Tally(self.spec, states)
+        for attempt in ledger.attempts():  # what earlier runs of the sweep have found
+            tally.note_result(attempt.trial, attempt.state, attempt.metrics)
+        return tally
 
     # --- the user's side -------------------------------------------------------------------------------------
 
@@ -152,18 +137,12 @@ class Coordinator:
 
     def progress(self) -> Progress:
         """A picture of the sweep now."""
-        return Progress(
-            name=self.spec.name,
-            counts={**self._counts, TrialState.RUNNING: len(self._running)},
-            slots=sum(worker.slots for worker in self._workers.values()),
-            busy=self._meter.busy(),
-            seconds_left=self._meter.seconds_left(len(self._handout) + len(self._running)),
-            elapsed_s=self._meter.elapsed_s(),
-            best=self._best,
-            failures=tuple(self._failures),
+        return self._tally.progress(
+            slots=self._slots,
+            running=len(self._running),
+            waiting=len(self._handout),
             draining=self._draining,
             not_tracked=self._tracker.progress.left if self._tracker is not None else 0,
-            retried=self._retried,
             paused=self._paused,
         )
 
@@ -177,17 +156,16 @@ class Coordinator:
             self.stop()
             return protocol.Cancelled()
         waiting = self._handout.discard(message.trials)
-        if waiting:
-            await self._write(lambda ledger: ledger.cancel(waiting))
-            for number in waiting:
-                self._set_state(number, TrialState.FAIL)
         running = {each.trial for each in self._running.values()} | {
             each for each, _ in self._starting.values()
         }
         running.intersection_update(message.trials)
+        await self._write(lambda ledger: ledger.cancel(waiting | running))
+        for number in waiting:
+            self._tally.set_state(number, TrialState.FAIL)
         self._cancelling |= running
         self._notify()
-        return protocol.Cancelled(trials=tuple(sorted({*waiting, *running})))
+        return protocol.Cancelled(trials=tuple(sorted(waiting | running)))
 
     async def reuse(self, search: Awaitable[Mapping[str, Reused]]) -> int:
         """Hand out nothing before other sweeps' results are known, and take them over; returns how many there were.
@@ -200,8 +178,8 @@ class Coordinator:
             taken = await self._write(lambda ledger: self._reuse(ledger, found)) if found else []
             self._handout.discard(number for number, _ in taken)
             for number, value in taken:
-                self._set_state(number, TrialState.COMPLETE)
-                self._note_best(number, TrialState.COMPLETE, value.metrics)
+                self._tally.set_state(number, TrialState.COMPLETE)
+                self._tally.note_result(number, TrialState.COMPLETE, value.metrics)
             return len(taken)
         finally:
             self._searching = False
@@ -216,17 +194,19 @@ class Coordinator:
             LedgerError: the ledger cannot be written.
         """
         keeper = asyncio.create_task(self._keep_lease())
+        crew = self._crew = Crew(self.spec, executor)
         try:
             await self._recover()
             while not self._over():
                 self._check(keeper)
-                self._keep_workers(executor)
-                await self._look_after_workers(executor)
+                if not self._draining and self._paused is None:
+                    crew.keep(len(self._handout) + len(self._running))
+                await self._look_after_workers(crew)
                 if self._stopping:
-                    executor.stop(executor.poll())
+                    crew.stop_all()
                     break
                 await self._wait_for_change(_POLL_S)
-            await self._wait_for_workers(executor)
+            await self._wait_for_workers(crew)
         finally:
             keeper.cancel()
             if self._superseded is None:
@@ -293,8 +273,8 @@ class Coordinator:
 
     async def finish(self, message: protocol.Finish) -> protocol.Acknowledged:
         """An attempt ended; a repeated message changes nothing."""
-        if message.kind is not FailureKind.NODE_LOST:
-            self._fruitless.clear()
+        if message.kind is not FailureKind.NODE_LOST and self._crew is not None:
+            self._crew.was_fruitful()
         if message.metric_missing and message.attempt in self._running and self._fatal is None:
             self._fatal = SweepError(message.message or "the task does not return the metric")
             self.stop()
@@ -386,7 +366,7 @@ class Coordinator:
             number, claim.worker, claim.slot, group, assignment, time.monotonic()
         )
         worker.attempts.add(claim.attempt)
-        self._set_state(number, TrialState.RUNNING)
+        self._tally.set_state(number, TrialState.RUNNING)
         self._measure()
         if self._workers.get(claim.worker) is not worker:
             await self._end_lost(claim.attempt, "its worker ended")
@@ -399,13 +379,9 @@ class Coordinator:
             config=trial.config, directory=str(self.spec.trial_directory(trial.directory)),
         )  # fmt: skip
 
-    def _must_be_alone(self, ledger: Ledger, number: int) -> bool:
-        past = retries.past_failures(ledger.trial(number), ledger.attempts(number))
-        return bool(past) and past[-1] in retries.ALONE
-
     def _reuse(self, ledger: Ledger, found: Mapping[str, Reused]) -> list[tuple[int, Reused]]:
         waiting = [trial for trial in ledger.trials(states=[TrialState.WAITING]) if trial.identity in found]
-        taken = [(trial.number, found[trial.identity]) for trial in waiting if trial.number in self._states]
+        taken = [(trial.number, found[trial.identity]) for trial in waiting if trial.number in self._tally]
         for number, value in taken:
             ledger.reuse(number, value)
         return taken
@@ -415,52 +391,31 @@ class Coordinator:
     async def _end(self, attempt: str, outcome: Outcome, reports: list[NewReport]) -> bool:
         """Record an attempt's last reports and its end; returns whether it was taken, now or before."""
         running = self._running.get(attempt)
-        ended = await self._write(lambda ledger: self._record_end(ledger, attempt, outcome, reports))
-        if not ended.accepted or running is None or self._running.pop(attempt, None) is None:
-            return ended.accepted  # too late, or the same message twice
-        outcome, number = ended.outcome, running.trial
+        stopping = self._stopping
+        ending = await self._write(
+            lambda ledger: endings.record(ledger, self.spec, attempt, outcome, reports, stopping=stopping)
+        )
+        if not ending.accepted or running is None or self._running.pop(attempt, None) is None:
+            return ending.accepted  # too late, or the same message twice
+        number = running.trial
         worker = self._workers.get(running.worker)
         if worker is not None:
             worker.attempts.discard(attempt)
         self._handout.release(running.group, number)
         self._cancelling.discard(number)
-        self._set_state(number, TrialState.WAITING if ended.again else outcome.state)
-        self._meter.finished(time.monotonic() - running.started)
+        directory = running.assignment.directory
+        self._tally.ended(
+            number, ending.outcome, again=ending.again, since=running.started, directory=directory
+        )
         self._measure()
-        if ended.again:
-            self._retried += 1
-            self._handout.add(number, first=outcome.kind is not FailureKind.EXCEPTION, alone=ended.alone)
-        elif outcome.state is TrialState.FAIL:
-            self._note_failure(running, outcome)
-        else:
-            self._note_best(number, outcome.state, outcome.metrics)
+        if ending.again:
+            first = ending.outcome.kind is not FailureKind.EXCEPTION
+            self._handout.add(number, first=first, alone=ending.alone)
+        if self._tally.too_many_failures and not self._draining:
+            log.warning("too many trials have failed (sweep.max_failures): nothing new starts")
+            self.drain()
         self._notify()
         return True
-
-    def _record_end(self, ledger: Ledger, attempt: str, outcome: Outcome, reports: list[NewReport]) -> _Ended:
-        """In the ledger's thread: decide from what is committed, and from nothing else."""
-        found = ledger.attempt(attempt)
-        if found is None:
-            return _Ended(accepted=False, outcome=outcome)
-        if found.state is not TrialState.RUNNING:
-            if found.ended_at == outcome.ended_at:
-                return _Ended(accepted=True, outcome=outcome)  # the same message again
-            ledger.note(attempt, f"its result ({outcome.state}) came too late and was refused")
-            log.warning("attempt %s had ended before: its result was refused", attempt)
-            return _Ended(accepted=False, outcome=outcome)
-        trial = ledger.trial(found.trial)
-        cancelled = outcome.kind is not None and trial.number in self._cancelling
-        again = outcome.kind is FailureKind.CANCELLED and not cancelled
-        if cancelled:
-            outcome = _as(outcome, FailureKind.CANCELLED)
-        elif again and not self._stopping:  # something else has stopped the worker, such as its cluster
-            outcome = _as(outcome, FailureKind.PREEMPTED)
-        past = retries.past_failures(trial, ledger.attempts(trial.number))
-        if not cancelled and outcome.kind is not FailureKind.CANCELLED:
-            again = retries.tries_again(self.spec.limits.retries, outcome.kind, past)
-        ledger.add_reports(attempt, reports)
-        ledger.finish_attempt(attempt, outcome, again=again, cancelled=cancelled)
-        return _Ended(accepted=True, outcome=outcome, again=again, alone=outcome.kind in retries.ALONE)
 
     async def _end_lost(self, attempt: str, why: str) -> None:
         """A worker does not run an attempt any more; what it left on disk counts."""
@@ -498,62 +453,16 @@ class Coordinator:
 
         return await self._write(find) if attempts else ()
 
-    def _note_failure(self, running: _Running, outcome: Outcome) -> None:
-        self._failures.append(
-            Failure(
-                trial=running.trial,
-                kind=outcome.kind or FailureKind.EXCEPTION,
-                message=outcome.message or "",
-                directory=running.assignment.directory,
-            )
-        )
-        limit = self.spec.max_failures
-        if limit is not None and len(self._failures) > limit and not self._draining:
-            log.warning("more than %d trials have failed (sweep.max_failures): nothing new starts", limit)
-            self.drain()
-
-    def _note_best(self, number: int, state: TrialState, metrics: Mapping[str, float]) -> None:
-        value = metrics.get(self.spec.ranked_by)
-        if value is None or not math.isfinite(value) or state is not TrialState.COMPLETE:
-            return
-        best = self._best
-        larger = self.spec.direction is Direction.MAXIMIZE
-        if best is None or (value > best.value if larger else value < best.value):
-            self._best = Best(trial=number, value=value)
-
     # --- workers ---------------------------------------------------------------------------------------------
 
-    def _keep_workers(self, executor: Executor) -> None:
-        if self._draining or self._paused is not None:
-            return
-        statuses = executor.poll()
-        alive = sum(status.state is WorkerState.ALIVE for status in statuses.values())
-        missing = executor.wanted(len(self._handout) + len(self._running)) - alive
-        if missing <= 0:
-            return
-        ended = [status.detail for status in statuses.values() if status.detail]
-        killed = bool(ended) and ended[-1].startswith("killed by")
-        fruitless = self._fruitless[killed]
-        if fruitless >= (_KILLED_WORKERS if killed else _FRUITLESS_WORKERS):
-            raise SweepError(
-                f"sweep/executor={self.spec.executor_name}: {fruitless} workers in a row ended without"
-                f" finishing a trial (the last: {ended[-1] if ended else 'unknown'});"
-                f" see {self.spec.directory}/workers/*/worker.log"
-            )
-        failpoint("workers.before_start")
-        executor.start(missing)
-        failpoint("workers.started")
-        self._fruitless[killed] += 1
-
-    async def _look_after_workers(self, executor: Executor) -> None:
-        status = executor.poll()
+    async def _look_after_workers(self, crew: Crew) -> None:
+        ended = crew.ended()
         for name, worker in list(self._workers.items()):
-            found = status.get(name)
-            if found is not None and found.state is WorkerState.ENDED:
-                await self._lose(name, f"its worker {found.detail}")
+            if name in ended:
+                await self._lose(name, f"its worker {ended[name]}")
             elif time.monotonic() - worker.seen > _WORKER_SILENT_S:
                 await self._lose(name, f"its worker has been silent for {_WORKER_SILENT_S:.0f} s")
-                executor.stop([name] if found is not None else [])
+                crew.stop(name)
 
     async def _lose(self, worker: str, why: str) -> None:
         lost = self._workers.pop(worker, None)
@@ -565,11 +474,11 @@ class Coordinator:
         self._measure()
         self._notify()
 
-    async def _wait_for_workers(self, executor: Executor) -> None:
+    async def _wait_for_workers(self, crew: Crew) -> None:
         """Give the workers the time to deliver what they run and to leave."""
         deadline = time.monotonic() + _CLOSE_S
         while self._workers and time.monotonic() < deadline and self._superseded is None:
-            await self._look_after_workers(executor)
+            await self._look_after_workers(crew)
             await self._wait_for_change(_POLL_S)
 
     def _differs(self, spec: str) -> bool:
@@ -643,24 +552,12 @@ class Coordinator:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
+    @property
+    def _slots(self) -> int:
+        return sum(worker.slots for worker in self._workers.values())
+
     def _measure(self) -> None:
-        slots = sum(worker.slots for worker in self._workers.values())
-        self._meter.set(slots=slots, running=len(self._running))
-
-    def _set_state(self, number: int, state: TrialState) -> None:
-        self._counts[self._states[number]] -= 1
-        self._counts[state] += 1
-        self._states[number] = state
-
-
-def _as(outcome: Outcome, kind: FailureKind) -> Outcome:
-    return Outcome(
-        state=TrialState.FAIL,
-        kind=kind,
-        message=outcome.message,
-        metrics=outcome.metrics,
-        ended_at=outcome.ended_at,
-    )
+        self._tally.measure(slots=self._slots, running=len(self._running))
 
 
 def _new_report(report: protocol.Report) -> NewReport:

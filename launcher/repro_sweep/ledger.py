@@ -330,10 +330,11 @@ class Ledger:
             )
 
     def cancel(self, numbers: Iterable[int]) -> None:
-        """Cancel waiting trials."""
+        """Cancel trials: those that wait end now, those that run at the end of their attempt."""
         for number in numbers:
             self._execute(
-                "UPDATE trials SET state = 'FAIL', cancelled = 1, change = ? WHERE number = ? AND state = 'WAITING'",
+                "UPDATE trials SET state = iif(state = 'WAITING', 'FAIL', state), cancelled = 1, change = ?"
+                " WHERE number = ? AND state IN ('WAITING', 'RUNNING')",
                 (self._next_change(), number),
             )
 

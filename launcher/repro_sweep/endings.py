@@ -1,0 +1,80 @@
+"""What the end of an attempt means for its trial: decided from the ledger, in one change with its record."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+from repro_sweep import retries
+from repro_sweep.ledger import Ledger
+from repro_sweep.records import NewReport, Outcome
+from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.sweep import SweepSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """What the ledger made of the end of an attempt.
+
+    ``accepted`` is False for an attempt that had ended before, otherwise; its result counts for nothing. ``again``: the
+    trial waits for another attempt, with nothing beside it if ``alone``.
+    """
+
+    accepted: bool
+    outcome: Outcome
+    again: bool = False
+    alone: bool = False
+
+
+def record(
+    ledger: Ledger,
+    spec: SweepSpec,
+    attempt: str,
+    outcome: Outcome,
+    reports: list[NewReport],
+    *,
+    stopping: bool,
+) -> Ending:
+    """Record an attempt's last reports and its end; part of the ledger's open change.
+
+    ``stopping``: the coordinator has stopped its workers.
+    """
+    found = ledger.attempt(attempt)
+    if found is None:
+        return Ending(accepted=False, outcome=outcome)
+    if found.state is not TrialState.RUNNING:
+        if found.ended_at == outcome.ended_at:
+            return Ending(accepted=True, outcome=outcome)  # the same message again
+        ledger.note(attempt, f"its result ({outcome.state}) came too late and was refused")
+        log.warning("attempt %s had ended before: its result was refused", attempt)
+        return Ending(accepted=False, outcome=outcome)
+    trial = ledger.trial(found.trial)
+    of_user = outcome.state is TrialState.FAIL and trial.cancelled
+    outcome = _attributed(outcome, of_user=of_user, stopping=stopping)
+    if of_user:
+        again = False
+    elif outcome.kind is FailureKind.CANCELLED:
+        again = True
+    else:
+        past = retries.past_failures(trial, ledger.attempts(trial.number))
+        again = retries.tries_again(spec.limits.retries, outcome.kind, past)
+    ledger.add_reports(attempt, reports)
+    ledger.finish_attempt(attempt, outcome, again=again, cancelled=of_user)
+    return Ending(accepted=True, outcome=outcome, again=again, alone=outcome.kind in retries.ALONE)
+
+
+def _attributed(outcome: Outcome, *, of_user: bool, stopping: bool) -> Outcome:
+    """A worker only knows that it was told to stop: by the user, or by something else, such as its cluster."""
+    if of_user:
+        return replace(outcome, kind=FailureKind.CANCELLED)
+    if outcome.kind is FailureKind.CANCELLED and not stopping:
+        return replace(outcome, kind=FailureKind.PREEMPTED)
+    return outcome
+
+
+def must_be_alone(ledger: Ledger, number: int) -> bool:
+    """Whether a waiting trial has run out of memory and is to have its GPU for itself."""
+    past = retries.past_failures(ledger.trial(number), ledger.attempts(number))
+    return bool(past) and past[-1] in retries.ALONE

@@ -1,0 +1,90 @@
+"""Counts what a sweep has come to, for displays and summaries: states, the best trial, failures, how busy slots are."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+from repro_sweep.progress import Best, Failure, Meter, Progress
+from repro_sweep.records import Outcome
+from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.sweep import SweepSpec
+
+log = logging.getLogger(__name__)
+
+
+class Tally:
+    """Owned by the coordinator. ``states`` are those of the sweep's trials."""
+
+    def __init__(self, spec: SweepSpec, states: Mapping[int, TrialState]) -> None:
+        self._spec = spec
+        self._states = dict(states)
+        self._counts = dict.fromkeys(TrialState, 0) | Counter(states.values())
+        self._meter = Meter()
+        self._best: Best | None = None
+        self._failures: list[Failure] = []
+        self._retried = 0
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._states
+
+    @property
+    def too_many_failures(self) -> bool:
+        """Whether more trials have failed than ``sweep.max_failures`` allows."""
+        limit = self._spec.max_failures
+        return limit is not None and len(self._failures) > limit
+
+    def set_state(self, number: int, state: TrialState) -> None:
+        """A trial has come to a state."""
+        self._counts[self._states[number]] -= 1
+        self._counts[state] += 1
+        self._states[number] = state
+
+    def measure(self, *, slots: int, running: int) -> None:
+        """The number of slots, or of running trials, has changed."""
+        self._meter.set(slots=slots, running=running)
+
+    def ended(self, number: int, outcome: Outcome, *, again: bool, since: float, directory: str) -> None:
+        """An attempt has ended that began at ``since`` (monotonic seconds)."""
+        self.set_state(number, TrialState.WAITING if again else outcome.state)
+        self._meter.finished(time.monotonic() - since)
+        if again:
+            self._retried += 1
+        elif outcome.state is TrialState.FAIL:
+            kind = outcome.kind or FailureKind.EXCEPTION
+            message = outcome.message or ""
+            self._failures.append(Failure(trial=number, kind=kind, message=message, directory=directory))
+        else:
+            self.note_result(number, outcome.state, outcome.metrics)
+
+    def note_result(self, number: int, state: TrialState, metrics: Mapping[str, float]) -> None:
+        """A trial has, or had already, a result."""
+        value = metrics.get(self._spec.ranked_by)
+        if value is None or not math.isfinite(value) or state is not TrialState.COMPLETE:
+            return
+        best = self._best
+        larger = self._spec.direction is Direction.MAXIMIZE
+        if best is None or (value > best.value if larger else value < best.value):
+            self._best = Best(trial=number, value=value)
+
+    def progress(
+        self, *, slots: int, running: int, waiting: int, draining: bool, not_tracked: int, paused: str | None
+    ) -> Progress:
+        """A picture of the sweep now."""
+        return Progress(
+            name=self._spec.name,
+            counts={**self._counts, TrialState.RUNNING: running},
+            slots=slots,
+            busy=self._meter.busy(),
+            seconds_left=self._meter.seconds_left(waiting + running),
+            elapsed_s=self._meter.elapsed_s(),
+            best=self._best,
+            failures=tuple(self._failures),
+            draining=draining,
+            not_tracked=not_tracked,
+            retried=self._retried,
+            paused=paused,
+        )
