@@ -1,4 +1,4 @@
-"""The parts on their own: slots, lease, ledger, group commit, meter, log, task, numbers, names, imports, errors."""
+"""The parts on their own: slots, ledger, group commit, meter, log, task, numbers, names, imports, errors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ from repro_sweep.coordinator import Coordinator
 from repro_sweep.errors import LedgerError, SweepError, TaskError
 from repro_sweep.executors.base import Executor, WorkerState, WorkerStatus
 from repro_sweep.journal import Journal
-from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Meter
-from repro_sweep.records import Attempt, NewTrial, Outcome
+from repro_sweep.records import Attempt, NewReport, NewTrial, Outcome
 from repro_sweep.states import Direction, FailureKind, TrialState
-from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
+from repro_sweep.sweep import Composition, Limits, Origin, Resources, SweepSpec, TaskSpec, Tracking
 from repro_sweep.worker import trial
 from repro_sweep.worker.output import CappedLog
 
@@ -116,6 +115,7 @@ def spec(tmp_path: Path) -> SweepSpec:
         resources=Resources(), tracking=Tracking(uri="sqlite:////tmp/mlflow.db", experiment="unit"),
         origin=Origin(user="u", host="h", command="c"), metric="score", direction=Direction.MAXIMIZE,
         executor_name="local", executor={}, sampler="grid", max_failures=None, log_limit_mb=1.0, created_at=0.0,
+        limits=Limits(retries={FailureKind.NODE_LOST: 10}),
     )  # fmt: skip
 
 
@@ -153,8 +153,9 @@ def complete(**metrics: float) -> Outcome:
 def test_a_ledger_gives_back_what_was_recorded(ledger: Ledger, spec: SweepSpec) -> None:
     """Trials, attempts, reports with NaN and infinities, and the sweep itself."""
     ledger.start_attempt(attempt(1))
-    ledger.add_reports(1, "a", [(0, 1.5, {"score": math.nan, "loss": math.inf}), (1, 1.6, {"score": 0.5})])
-    ledger.finish_attempt("a", 1, complete(score=0.5, loss=-math.inf))
+    first_step = NewReport(seq=0, step=0, time=1.5, metrics={"score": math.nan, "loss": math.inf})
+    ledger.add_reports("a", [first_step, NewReport(seq=1, step=1, time=1.6, metrics={"score": 0.5})])
+    ledger.finish_attempt("a", complete(score=0.5, loss=-math.inf))
     ledger.commit()
     assert ledger.spec == spec
     assert [each.number for each in ledger.trials(states=[TrialState.WAITING])] == [0, 2]
@@ -191,8 +192,8 @@ def test_every_change_of_a_trial_gets_a_higher_number(ledger: Ledger, tmp_path: 
     ledger.commit()
     ledger.close()
     again = Ledger.open(tmp_path)
-    again.finish_attempt("a", 0, complete(score=1.0))
-    again.set_states([2], TrialState.FAIL)
+    again.finish_attempt("a", complete(score=1.0))
+    again.cancel([2])
     again.commit()
     changed = list(again.trials(changed_after=seen))
     again.close()
@@ -200,29 +201,12 @@ def test_every_change_of_a_trial_gets_a_higher_number(ledger: Ledger, tmp_path: 
     assert seen + 1 < changed[0].change < changed[1].change
 
 
-def test_attempts_left_open_are_lost_and_their_trials_wait_again(ledger: Ledger) -> None:
-    """What a coordinator does that takes over."""
-    ledger.start_attempt(attempt(0))
-    ledger.start_attempt(attempt(1, "b"))
-    ledger.finish_attempt("b", 1, complete(score=1.0))
-    ledger.close_open_attempts("its coordinator ended")
-    ledger.commit()
-    assert [(each.id, each.state, each.kind, each.message) for each in ledger.attempts(0)] == [
-        ("a", TrialState.FAIL, FailureKind.NODE_LOST, "its coordinator ended")
-    ]
-    assert [state for _, state in ledger.states()] == [
-        TrialState.WAITING,
-        TrialState.COMPLETE,
-        TrialState.WAITING,
-    ]
-
-
 def test_a_ledger_of_another_format_is_refused(ledger: Ledger, tmp_path: Path) -> None:
     """Rather than misread."""
     ledger.set_meta("format", "99")
     ledger.commit()
     ledger.close()
-    with pytest.raises(LedgerError, match="format 99, this version reads format 1"):
+    with pytest.raises(LedgerError, match="format 99, this version reads format 2"):
         Ledger.open(tmp_path)
 
 
@@ -270,55 +254,6 @@ os.kill(os.getpid(), signal.SIGKILL)
     found = Ledger.open(tmp_path)
     assert (found.meta("kept"), found.meta("lost")) == ("yes", None)
     found.close()
-
-
-# --- the lease -----------------------------------------------------------------------------------------------
-
-
-def test_a_lease_is_held_by_one_at_a_time_and_the_refusal_names_the_holder(
-    ledger: Ledger, tmp_path: Path
-) -> None:
-    """Its process, its host, since when."""
-    lease = Lease.acquire(tmp_path, "unit")
-    with pytest.raises(SweepError, match="sweep 'unit' is already running: another process"):
-        Lease.acquire(tmp_path, "unit")
-    lease.announce(ledger, "/socket")
-    with pytest.raises(SweepError, match=r"already running: process \d+ on .+ since \d{4}-.* UTC"):
-        Lease.acquire(tmp_path, "unit")
-    lease.release()
-    Lease.acquire(tmp_path, "unit").release()
-
-
-def test_the_fencing_epoch_of_a_lease_only_grows(ledger: Ledger, tmp_path: Path) -> None:
-    """Recorded in the ledger before anybody hears of it."""
-    epochs = []
-    for _ in range(3):
-        lease = Lease.acquire(tmp_path, "unit")
-        epochs.append(lease.announce(ledger, "/socket"))
-        lease.release()
-    assert epochs == [1, 2, 3]
-    assert ledger.meta("epoch") == "3"
-
-
-def test_a_lease_ends_with_its_holder_however_it_ends(tmp_path: Path) -> None:
-    """The kernel sees to it."""
-    program = """
-import sys
-from pathlib import Path
-from repro_sweep.lease import Lease
-lease = Lease.acquire(Path(sys.argv[1]), "unit")
-print("held", flush=True)
-sys.stdin.read()
-"""
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(SweepError):
-            Lease.acquire(tmp_path, "unit")
-        holder.kill()
-        holder.wait(60)
-    Lease.acquire(tmp_path, "unit").release()
 
 
 # --- group commit --------------------------------------------------------------------------------------------
@@ -499,7 +434,9 @@ def test_a_worker_that_is_not_known_gets_no_trial_and_loses_none(ledger: Ledger,
     """Such as one that was silent for too long, and given up."""
 
     async def worker(coordinator: Coordinator, _: OneWorker) -> None:
-        assert await coordinator.claim(claim("a", "stranger")) == protocol.Claimed(over=True)
+        stranger = claim("a", "stranger").model_copy(update={"wait_s": 0.0})
+        assert await coordinator.claim(stranger) == protocol.Claimed()
+        assert not (await coordinator.heartbeat(protocol.Heartbeat(worker="stranger"))).known
         for number in range(3):
             assert (await coordinator.claim(claim(str(number)))).assignment is not None
             await coordinator.finish(finish(str(number)))

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from repro_sweep import endings, protocol, spool
 from repro_sweep.crew import Crew
-from repro_sweep.errors import LeaseLostError, SweepError
+from repro_sweep.errors import LeaseLostError, LedgerError, SweepError
 from repro_sweep.executors.base import Executor
 from repro_sweep.failpoints import failpoint
 from repro_sweep.handout import Group, Handout
@@ -90,7 +90,7 @@ class Coordinator:
         self._stopping = False
         self._cancelling: set[int] = set()
         self._fatal: SweepError | None = None
-        self._superseded: LeaseLostError | None = None
+        self._ended_by: LedgerError | None = None
         self._no_space: str | None = None
         self._crew: Crew | None = None
         self._running: dict[str, _Running] = {}
@@ -199,8 +199,7 @@ class Coordinator:
             await self._recover()
             while not self._over():
                 self._check(keeper)
-                if not self._draining and self._paused is None:
-                    crew.keep(len(self._handout) + len(self._running))
+                await self._keep_workers(crew)
                 await self._look_after_workers(crew)
                 if self._stopping:
                     crew.stop_all()
@@ -209,7 +208,7 @@ class Coordinator:
             await self._wait_for_workers(crew)
         finally:
             keeper.cancel()
-            if self._superseded is None:
+            if not self._superseded:
                 self._stopping = True  # what its workers stop now is to be run again
                 await asyncio.to_thread(executor.close, _CLOSE_S)
                 for attempt in list(self._running):
@@ -455,6 +454,14 @@ class Coordinator:
 
     # --- workers ---------------------------------------------------------------------------------------------
 
+    async def _keep_workers(self, crew: Crew) -> None:
+        if self._draining or self._paused is not None:
+            return
+        missing = crew.missing(len(self._handout) + len(self._running))
+        if missing:
+            await self._write(lambda _: None)  # only who holds the lease may start any
+            crew.start(missing)
+
     async def _look_after_workers(self, crew: Crew) -> None:
         ended = crew.ended()
         for name, worker in list(self._workers.items()):
@@ -477,7 +484,7 @@ class Coordinator:
     async def _wait_for_workers(self, crew: Crew) -> None:
         """Give the workers the time to deliver what they run and to leave."""
         deadline = time.monotonic() + _CLOSE_S
-        while self._workers and time.monotonic() < deadline and self._superseded is None:
+        while self._workers and time.monotonic() < deadline and self._ended_by is None:
             await self._look_after_workers(crew)
             await self._wait_for_change(_POLL_S)
 
@@ -492,8 +499,8 @@ class Coordinator:
     async def _write(self, change: Callable[[Ledger], _T]) -> _T:
         try:
             return await self._journal.write(change)
-        except LeaseLostError as error:
-            self._superseded = error
+        except LedgerError as error:
+            self._ended_by = self._ended_by or error
             self._notify()
             raise
 
@@ -533,9 +540,14 @@ class Coordinator:
         """Why nothing is handed out now."""
         return self._journal.trouble or self._no_space
 
+    @property
+    def _superseded(self) -> bool:
+        """Whether another coordinator has taken the sweep over, with its workers."""
+        return isinstance(self._ended_by, LeaseLostError)
+
     def _check(self, keeper: asyncio.Task[None]) -> None:
-        if self._superseded is not None:
-            raise self._superseded
+        if self._ended_by is not None:
+            raise self._ended_by
         if keeper.done() and not keeper.cancelled():
             keeper.result()
 

@@ -20,13 +20,14 @@ class Crew:
         self._spec = spec
         self._executor = executor
         self._fruitless: Counter[bool] = Counter()
+        self._killed = False
 
     def was_fruitful(self) -> None:
         """A trial has ended by itself: what workers need is there."""
         self._fruitless.clear()
 
-    def keep(self, trials: int) -> None:
-        """Start the workers that are missing for so many trials.
+    def missing(self, trials: int) -> int:
+        """How many workers are missing for so many trials.
 
         Raises:
             SweepError: workers end again and again without finishing a trial.
@@ -35,9 +36,9 @@ class Crew:
         alive = sum(status.state is WorkerState.ALIVE for status in statuses.values())
         missing = self._executor.wanted(trials) - alive
         if missing <= 0:
-            return
+            return 0
         ended = [status.detail for status in statuses.values() if status.detail]
-        killed = bool(ended) and ended[-1].startswith("killed by")  # from outside: that may be an accident
+        killed = self._killed = bool(ended) and ended[-1].startswith("killed by")  # perhaps an accident
         fruitless = self._fruitless[killed]
         if fruitless >= (_KILLED_WORKERS if killed else _FRUITLESS_WORKERS):
             raise SweepError(
@@ -45,10 +46,18 @@ class Crew:
                 f" finishing a trial (the last: {ended[-1] if ended else 'unknown'});"
                 f" see {self._spec.directory}/workers/*/worker.log"
             )
+        return missing
+
+    def start(self, count: int) -> None:
+        """Start workers.
+
+        Raises:
+            SweepError: they cannot be started.
+        """
         failpoint("workers.before_start")
-        self._executor.start(missing)
+        self._executor.start(count)
         failpoint("workers.started")
-        self._fruitless[killed] += 1
+        self._fruitless[self._killed] += 1
 
     def ended(self) -> dict[str, str]:
         """The workers that have ended, and how."""

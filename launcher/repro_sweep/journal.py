@@ -88,6 +88,7 @@ class Journal:
     def _apply(self, changes: list[_Change]) -> list[Any]:
         failpoint("journal.before_change")
         try:
+            self._ledger.begin_change()
             results = [change(self._ledger) for change in changes]
             failpoint("journal.before_commit")
             self._ledger.commit()

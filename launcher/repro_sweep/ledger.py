@@ -174,12 +174,17 @@ class Ledger:
         self._epoch = str(epoch)
         self._change = self._scalar_int("SELECT coalesce(max(change), 0) FROM trials")
 
+    def begin_change(self) -> None:
+        """Begin a change of the one coordinator that may make some: nobody's writes come between."""
+        if not self.begin(_BUSY_MS / 1000):
+            raise LedgerError(f"{self.path}: locked by another process")
+        self._check_epoch()
+
     def commit(self) -> None:
         """Make all changes durable."""
         try:
-            if self._epoch is not None and self._db.in_transaction and self.meta("epoch") != self._epoch:
-                self.rollback()
-                raise LeaseLostError(f"{self.path}: the sweep has another coordinator by now")
+            if self._db.in_transaction:
+                self._check_epoch()
             self._db.commit()
         except sqlite3.Error as error:
             raise _meaning(self.path, error) from error
@@ -454,6 +459,12 @@ class Ledger:
         return dict(
             self._execute("SELECT trial, max(seq) FROM reports WHERE seq > ? GROUP BY trial", (after,))
         )
+
+    def _check_epoch(self) -> None:
+        """Within a transaction that has the write lock, so that it stays true until the commit."""
+        if self._epoch is not None and self.meta("epoch") != self._epoch:
+            self.rollback()
+            raise LeaseLostError(f"{self.path}: the sweep has another coordinator by now")
 
     # --- inside ----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from repro_sweep import protocol
-from repro_sweep.errors import LeaseLostError
+from repro_sweep.errors import LeaseLostError, LedgerError
 from repro_sweep.failpoints import failpoint
 from repro_sweep.progress import Progress
 
@@ -90,11 +90,16 @@ def _app(handlers: Handlers) -> _Answering:
     for path, handler in paths.items():
         app.add_api_route(path, handler, methods=["POST"])
     app.add_exception_handler(LeaseLostError, _gone)
+    app.add_exception_handler(LedgerError, _unavailable)
     return _Answering(app)
 
 
 def _gone(_request: Request, error: Exception) -> Response:
     return Response(str(error), status_code=http.HTTPStatus.GONE)
+
+
+def _unavailable(_request: Request, error: Exception) -> Response:
+    return Response(str(error), status_code=http.HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class _Answering:
