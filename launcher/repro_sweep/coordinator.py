@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from repro_sweep.executors.base import Executor
 from repro_sweep.failpoints import failpoint
 from repro_sweep.handout import Group, Handout
 from repro_sweep.journal import Journal
-from repro_sweep.lease import RENEW_S, Lease
+from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Progress
 from repro_sweep.records import Attempt, NewReport, Outcome, Reused, now
@@ -32,12 +31,11 @@ from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tally import Tally
 from repro_sweep.tracking.process import TrackerProcess
+from repro_sweep.watch import Watch
 
 _T = TypeVar("_T")
 _POLL_S = 0.25
-_LOOK_AT_DISK_S = 1.0
 _WORKER_SILENT_S = 60.0
-_OWN_PAUSE_S = 5.0
 _CLOSE_S = 15.0
 
 log = logging.getLogger(__name__)
@@ -91,7 +89,14 @@ class Coordinator:
         self._cancelling: set[int] = set()
         self._fatal: SweepError | None = None
         self._ended_by: LedgerError | None = None
-        self._no_space: str | None = None
+        self._watch = Watch(
+            self._directory,
+            spec.limits.min_free_mb,
+            lease,
+            write=self._write,
+            on_change=self._notify,
+            on_pause=self._excuse_workers,
+        )
         self._crew: Crew | None = None
         self._running: dict[str, _Running] = {}
         self._workers: dict[str, _Worker] = {}
@@ -193,7 +198,7 @@ class Coordinator:
             LeaseLostError: another coordinator has taken the sweep over, with its workers.
             LedgerError: the ledger cannot be written.
         """
-        keeper = asyncio.create_task(self._keep_lease())
+        keeper = asyncio.create_task(self._watch.run())
         crew = self._crew = Crew(self.spec, executor)
         try:
             await self._recover()
@@ -210,6 +215,7 @@ class Coordinator:
             keeper.cancel()
             if not self._superseded:
                 self._stopping = True  # what its workers stop now is to be run again
+                self._journal.give_up()
                 await asyncio.to_thread(executor.close, _CLOSE_S)
                 for attempt in list(self._running):
                     await self._end_lost(attempt, "its worker ended")
@@ -229,6 +235,9 @@ class Coordinator:
 
     async def register(self, message: protocol.Register) -> protocol.Registered:
         """A worker offers its slots; or comes back, with what it runs."""
+        if self._crew is not None and not message.attempts and not self._crew.knows(message.worker):
+            log.warning("worker %s is not one of this sweep's executor: it is sent away", message.worker)
+            return protocol.Registered(spec=self.spec.model_dump_json(), leave=True)
         worker = self._workers.setdefault(message.worker, _Worker(message.host, time.monotonic()))
         worker.seen = time.monotonic()
         worker.slots, worker.gpus = message.slots, message.gpus
@@ -481,6 +490,11 @@ class Coordinator:
         self._measure()
         self._notify()
 
+    def _excuse_workers(self) -> None:
+        """This process itself was stopped: nobody's silence counts."""
+        for worker in self._workers.values():
+            worker.seen = time.monotonic()
+
     async def _wait_for_workers(self, crew: Crew) -> None:
         """Give the workers the time to deliver what they run and to leave."""
         deadline = time.monotonic() + _CLOSE_S
@@ -504,41 +518,10 @@ class Coordinator:
             self._notify()
             raise
 
-    async def _keep_lease(self) -> None:
-        """Renew the lease, look at the disk, and notice where this process itself was stopped for a while."""
-        due, seen = 0.0, time.monotonic()
-        while True:
-            at = time.monotonic()
-            if at - seen > _OWN_PAUSE_S:
-                for worker in self._workers.values():
-                    worker.seen = at
-            seen = at
-            self._look_at_disk()
-            if self._lease is not None and at >= due:
-                due = at + RENEW_S
-                with contextlib.suppress(LeaseLostError):  # noted by _write
-                    await self._write(self._lease.renew)
-            await asyncio.sleep(_LOOK_AT_DISK_S)
-
-    def _look_at_disk(self) -> None:
-        limit_mb = self.spec.limits.min_free_mb
-        try:
-            free_mb = shutil.disk_usage(self._directory).free / 1e6
-        except OSError:  # the ledger will say so better
-            return
-        before = self._no_space
-        self._no_space = None
-        if free_mb < limit_mb:
-            self._no_space = (
-                f"{free_mb:.0f} MB are free in {self._directory}, less than {limit_mb:g} (sweep.min_free_mb)"
-            )
-        if (before is None) != (self._no_space is None):
-            self._notify()
-
     @property
     def _paused(self) -> str | None:
         """Why nothing is handed out now."""
-        return self._journal.trouble or self._no_space
+        return self._journal.trouble or self._watch.no_space
 
     @property
     def _superseded(self) -> bool:

@@ -26,6 +26,10 @@ class Crew:
         """A trial has ended by itself: what workers need is there."""
         self._fruitless.clear()
 
+    def knows(self, worker: str) -> bool:
+        """Whether a worker is one that is wanted: one that the executor has started, now or earlier."""
+        return worker in self._executor.poll()
+
     def missing(self, trials: int) -> int:
         """How many workers are missing for so many trials.
 

@@ -29,7 +29,7 @@ class Journal:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
         self._pending: list[tuple[_Change, asyncio.Future[Any]]] = []
         self._committing: asyncio.Task[None] | None = None
-        self._closing = False
+        self._ending = False
         self.trouble: str | None = None
         """Why nothing can be written now, None where it can."""
 
@@ -45,9 +45,13 @@ class Journal:
             self._committing = asyncio.create_task(self._commit_all())
         return await future
 
+    def give_up(self) -> None:
+        """Wait for no disk any more: from now on a change that cannot be written is an error."""
+        self._ending = True
+
     async def close(self, last: Callable[[Ledger], object] | None = None) -> None:
         """Commit what is pending and a ``last`` change, then close the ledger; a full disk's share is given up."""
-        self._closing = True
+        self.give_up()
         if last is not None:
             with contextlib.suppress(LeaseLostError, UnwritableError):
                 await self.write(last)
@@ -78,7 +82,7 @@ class Journal:
                 results = await loop.run_in_executor(self._thread, self._apply, changes)
             except UnwritableError as error:
                 self.trouble = str(error)
-                if self._closing:
+                if self._ending:
                     raise
                 await asyncio.sleep(_RETRY_S)
             else:

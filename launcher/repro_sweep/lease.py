@@ -26,8 +26,8 @@ from repro_sweep.ledger import Ledger
 from repro_sweep.spool import write_file
 
 ADDRESS_NAME = "coordinator.json"
-LEASE_S = 30.0
-RENEW_S = 5.0
+LEASE_S = float(os.environ.get("REPRO_SWEEP_LEASE_S", "30"))  # shorter in tests
+RENEW_S = LEASE_S / 6
 _LOCK_NAME = "coordinator.lock"
 _WAIT_S = 10.0
 _TAKING_S = 2.0

@@ -108,7 +108,7 @@ class Agent:
         while not self._stopping.is_set() and self._link.lost_for_s < _FIRST_JOIN_S:
             registered = self._link.look()
             if registered is not None:
-                return registered
+                return None if registered.leave else registered
             self._stopping.wait(_LOOK_S)
         return None
 
@@ -117,6 +117,8 @@ class Agent:
         registered = self._link.look()
         if registered is not None:
             self._kill(registered.stop)
+            if registered.leave:
+                self._stopping.set()
         if not self._running and self._link.lost_for_s > 60 * self._spec.limits.orphan_timeout_min:
             log.warning("no coordinator for %g min: leaving", self._spec.limits.orphan_timeout_min)
             self._stopping.set()

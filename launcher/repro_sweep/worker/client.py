@@ -81,7 +81,7 @@ class Client:
                 if status == http.HTTPStatus.GONE:
                     raise CoordinatorLostError(data.decode(errors="replace"))
                 trouble = f"{path}: {status} {data[:500].decode(errors='replace')}"
-                if status < http.HTTPStatus.INTERNAL_SERVER_ERROR or time.monotonic() - began > RETRY_FOR_S:
+                if status < http.HTTPStatus.INTERNAL_SERVER_ERROR:
                     raise ProtocolError(trouble)
             if time.monotonic() - began > (_DEAD_AFTER_S if absent else RETRY_FOR_S):
                 break

@@ -21,6 +21,8 @@ from repro_sweep.worker.client import Client, CoordinatorLostError
 
 _Reply = TypeVar("_Reply", bound=Message)
 _JOIN_TIMEOUT_S = 20.0
+_LOOK_S = 1.0
+_LOST_LOOK_S = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Link:
         self._generation = 0
         self._lost_at: float | None = time.monotonic()
         self._over = False
+        self._look_at = 0.0
         self._kept: set[str] = set()
 
     @property
@@ -72,6 +75,10 @@ class Link:
                 if finish is not None:
                     self._keep(finish)
                 self._await_next(generation, error)
+            except ProtocolError:
+                if finish is not None:
+                    self._keep(finish)
+                raise
             else:
                 if finish is not None and finish.attempt in self._kept:
                     self._kept.discard(finish.attempt)
@@ -84,6 +91,10 @@ class Link:
         Returns:
             What it said, None where nothing has changed.
         """
+        now = time.monotonic()
+        if now < self._look_at:
+            return None
+        self._look_at = now + (_LOOK_S if self._lost_at is None else _LOST_LOOK_S)
         announced = address_of(self._directory)
         newer = announced is not None and announced.epoch > self._address.epoch
         if self._lost_at is None and not newer:
