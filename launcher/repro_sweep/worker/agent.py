@@ -36,6 +36,7 @@ _LOOK_S = 0.1
 _IDLE_S = 0.5
 _END_S = 10.0
 _FIRST_JOIN_S = 60.0
+_MOST_REPORTS = 5000
 
 log = logging.getLogger(__name__)
 
@@ -160,14 +161,15 @@ class Agent:
         while True:
             time.sleep(_FLUSH_S)
             with self._outbox_lock:
-                batch = tuple(self._outbox)
+                batch = tuple(self._outbox[:_MOST_REPORTS])
             if not batch:
                 continue
             message = protocol.Reports(worker=self._worker, reports=batch)
             with contextlib.suppress(CoordinatorLostError), self._failing_on_refusal():
                 self._link.post("/report", message, protocol.Acknowledged)
                 with self._outbox_lock:  # until now, a finish would have taken them along
-                    self._outbox = [report for report in self._outbox if report not in batch]
+                    sent = set(map(id, batch))
+                    self._outbox = [report for report in self._outbox if id(report) not in sent]
 
     @contextlib.contextmanager
     def _failing_on_refusal(self) -> Any:
