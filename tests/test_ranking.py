@@ -26,6 +26,7 @@ from tracking_helpers import (
 from repro_sweep.errors import TrackingError
 from repro_sweep.ledger import Ledger
 from repro_sweep.ranking import best_trial, leaderboard, rank, trials
+from repro_sweep.records import NewReport
 from repro_sweep.standings import Entry, Row, columns, rank_points, usual_direction
 from repro_sweep.states import Direction, FailureKind, TrialState
 
@@ -315,7 +316,9 @@ def test_infinities_are_infinities_again(tmp_path_factory: pytest.TempPathFactor
     for number in range(2):
         add_trial(ledger, number)
         attempt = start(ledger, number)
-        ledger.add_reports(number, attempt, [(0, START, {"only_reported": -math.inf})])
+        ledger.add_reports(
+            attempt, [NewReport(seq=0, step=0, time=START, metrics={"only_reported": -math.inf})]
+        )
         end(ledger, number, attempt, {"accuracy": -math.inf if number else 3.0})
     drain(folder / "sweep")
     found = trials("grid", uri=uri)

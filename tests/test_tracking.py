@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 from urllib.parse import unquote
 
 import pytest
@@ -29,6 +31,7 @@ from tracking_helpers import (
     drain,
     end,
     make_ledger,
+    next_coordinator,
     points_in,
     points_of_ledger,
     proxy_before,
@@ -39,15 +42,18 @@ from tracking_helpers import (
     start,
 )
 
+from repro_sweep.cli import uploading
 from repro_sweep.errors import TrackingError
 from repro_sweep.ranking import trials
+from repro_sweep.records import Attempt, NewReport, Trial
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.tracking import encoding
 from repro_sweep.tracking import mlflow as projection
+from repro_sweep.tracking.base import Progress
 from repro_sweep.tracking.encoding import Curve, Point, params_of, safe_key
 from repro_sweep.tracking.mlflow import MlflowTracker, check_writable, resolve_uri
 from repro_sweep.tracking.process import TrackerProcess
-from repro_sweep.tracking.sent import SentLog
+from repro_sweep.tracking.sent import Codes, SentLog, Session
 from repro_sweep.tracking.store import Store, artifact_name, batches, prepare_environment
 
 pytestmark = pytest.mark.filterwarnings(
@@ -284,8 +290,6 @@ def test_final_metrics_come_after_all_reported_ones_and_repeat_none() -> None:
 
 
 def test_only_the_latest_of_very_many_attempts_fit_the_history() -> None:
-    from repro_sweep.records import Attempt, Trial
-
     trial = Trial(
         number=0,
         identity="i",
@@ -459,7 +463,8 @@ def test_infinities_and_nan_reach_mlflow(sweep: Path, uri: str) -> None:
     ledger = make_ledger(sweep, uri)
     add_trial(ledger, 0)
     attempt = start(ledger, 0)
-    ledger.add_reports(0, attempt, [(0, START, {"a": math.inf, "b": -math.inf, "c": math.nan})])
+    metrics = {"a": math.inf, "b": -math.inf, "c": math.nan}
+    ledger.add_reports(attempt, [NewReport(seq=0, step=0, time=START, metrics=metrics)])
     end(ledger, 0, attempt, {"a": math.inf, "c": math.nan})
     drain(sweep)
     drain(sweep)
@@ -630,6 +635,269 @@ def test_the_tracker_may_be_killed_at_any_instant(sweep: Path, uri: str) -> None
     assert_equal_to_ledger(ledger, uri)
 
 
+def test_a_trial_that_is_tried_again_and_started_again_keeps_every_attempts_end_and_host(
+    sweep: Path, uri: str
+) -> None:
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    kinds = [FailureKind.OUT_OF_MEMORY, FailureKind.NODE_LOST, FailureKind.EXCEPTION]
+    for ordinal, kind in enumerate(kinds):
+        attempt = start(ledger, 0, ordinal=ordinal, host=f"node{ordinal}", at=START + 200 * ordinal)
+        report(ledger, 0, attempt, range(ordinal, ordinal + 2), at=START + 200 * ordinal)
+        last = ordinal == len(kinds) - 1
+        end(ledger, 0, attempt, state=TrialState.FAIL, kind=kind, message=f"no {ordinal}",
+            at=START + 200 * ordinal + 100, again=not last)  # fmt: skip
+        drain(sweep)
+    (run,) = runs_of(uri)
+    assert (run.info.status, run.data.tags["repro_sweep.failure_kind"]) == ("FAILED", "EXCEPTION")
+    ledger.requeue([0])
+    ledger.commit()
+    drain(sweep)
+    (run,) = runs_of(uri)
+    assert (run.info.status, run.data.tags["repro_sweep.state"]) == ("SCHEDULED", "WAITING")
+    assert run.data.tags["repro_sweep.failure_kind"] == run.data.tags["repro_sweep.failure_message"] == ""
+    attempt = start(ledger, 0, ordinal=3, host="node3", at=START + 1000)
+    report(ledger, 0, attempt, range(3, 5), at=START + 1000)
+    end(ledger, 0, attempt, {"accuracy": 0.9}, at=START + 1100)
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+    tags = runs_of(uri)[0].data.tags
+    assert tags["repro_sweep.attempts"] == "4"
+    assert [(each["kind"], each["host"]) for each in json.loads(tags["repro_sweep.attempt_history"])] == [
+        ("OUT_OF_MEMORY", "node0"), ("NODE_LOST", "node1"), ("EXCEPTION", "node2"), (None, "node3"),
+    ]  # fmt: skip
+
+
+def test_cancelled_trials_are_killed_runs_and_come_back_when_they_are_started_again(
+    sweep: Path, uri: str
+) -> None:
+    ledger = make_ledger(sweep, uri)
+    for number in range(3):
+        add_trial(ledger, number)
+    attempt = start(ledger, 1)  # failed once, and cancelled as it waited to be tried again
+    end(ledger, 1, attempt, state=TrialState.FAIL, kind=FailureKind.CRASH, message="signal 11", again=True)
+    ledger.cancel([0, 1])
+    ledger.commit()
+    attempt = start(ledger, 2)
+    end(
+        ledger,
+        2,
+        attempt,
+        state=TrialState.FAIL,
+        kind=FailureKind.CANCELLED,
+        cancelled=True,
+        message="stopped",
+    )
+    drain(sweep)
+    for run, attempts in zip(runs_of(uri), "011", strict=True):
+        tags = run.data.tags
+        assert (run.info.status, tags["repro_sweep.state"]) == ("KILLED", "FAIL")
+        assert tags["repro_sweep.failure_kind"] == "CANCELLED"
+        assert tags["repro_sweep.attempts"] == attempts
+    read = trials("grid", uri=uri)
+    assert [trial.failure.kind for trial in read if trial.failure] == [FailureKind.CANCELLED] * 3
+
+    ledger.requeue([0, 1, 2])
+    ledger.commit()
+    drain(sweep)
+    for run in runs_of(uri):
+        tags = run.data.tags
+        assert (run.info.status, tags["repro_sweep.state"]) == ("SCHEDULED", "WAITING")
+        assert tags["repro_sweep.failure_kind"] == ""
+    for number, ordinal in ((0, 0), (1, 1), (2, 1)):
+        attempt = start(ledger, number, ordinal=ordinal, at=START + 500)
+        end(ledger, number, attempt, {"accuracy": 1.0}, at=START + 600)
+    drain(sweep)
+    assert_equal_to_ledger(ledger, uri)
+
+
+def test_a_run_names_the_code_that_its_latest_attempt_ran_with_however_late_it_reaches_mlflow(
+    sweep: Path, uri: str
+) -> None:
+    """Another sweep takes over what the same code has found; a sweep may go on with other code than it began with."""
+    ledger, lease = next_coordinator(make_ledger(sweep, uri, code="c1"))
+    for number in range(4):
+        add_trial(ledger, number)
+    MlflowTracker(sweep).close()  # it was there, and could not reach its server
+    now = time.time()
+    for number in (0, 1):
+        end(ledger, number, start(ledger, number, at=now), {"accuracy": 1.0}, at=now + 1)
+    failed = start(ledger, 2, at=now)
+    end(ledger, 2, failed, state=TrialState.FAIL, kind=FailureKind.EXCEPTION, at=now + 1)
+    late = start(ledger, 3, at=now)
+
+    ledger, lease = next_coordinator(ledger, lease)
+    ledger.update_spec(ledger.spec.model_copy(update={"code": "c2"}))
+    ledger.requeue([2])
+    ledger.commit()
+    now = time.time()
+    again = start(ledger, 2, ordinal=1, at=now)
+    end(ledger, 2, again, {"accuracy": 1.0}, at=now + 1)
+    end(ledger, 3, late, {"accuracy": 1.0}, at=now + 1)  # its worker has outlived its coordinator
+    drain(sweep)
+    assert [run.data.tags["repro_sweep.code"] for run in runs_of(uri)] == ["c1", "c1", "c2", "c1"]
+    lease.drop()
+
+
+def test_the_code_of_attempts_that_an_unseen_coordinator_may_have_started_is_not_known() -> None:
+    codes = Codes().begin(Session(1, 0.0, -1, "c1")).begin(Session(2, 100.0, 5, "c1"))
+    assert codes.sessions == (Session(2, 0.0, -1, "c1"),)
+    assert codes.begin(Session(2, 100.0, 5, "c2")) == codes  # the same coordinator's next tracker
+    seen = codes.begin(Session(3, 200.0, 9, "c2"))
+    unseen = codes.begin(Session(4, 200.0, 9, "c2"))
+    attempt = Attempt(
+        id="a", trial=0, ordinal=0, worker="w", slot=0, host="h", state=TrialState.COMPLETE, kind=None, message=None,
+        metrics={}, started_at=50.0, ended_at=60.0,
+    )  # fmt: skip
+    trial = Trial(
+        number=0, identity="i", directory="d", overrides=(), params={}, repeat={}, config="",
+        state=TrialState.COMPLETE, attempt="a", change=7,
+    )  # fmt: skip
+    late = dataclasses.replace(attempt, started_at=250.0)
+    assert [seen.of(trial, each) for each in (None, attempt, late)] == ["", "c1", "c2"]
+    assert [unseen.of(trial, each) for each in (None, attempt, late)] == ["", "", "c2"]
+    reused = dataclasses.replace(trial, reused="run")
+    assert seen.of(reused, late) == "c1"  # its attempt has the times of the other run
+    assert seen.of(dataclasses.replace(reused, change=12), attempt) == "c2"
+
+
+def test_where_nobody_saw_with_which_code_a_trial_ran_its_run_names_none(sweep: Path, uri: str) -> None:
+    ledger, lease = next_coordinator(make_ledger(sweep, uri, code="c1"))
+    add_trial(ledger, 0)
+    end(ledger, 0, start(ledger, 0, at=time.time()), {"accuracy": 1.0})
+    ledger, lease = next_coordinator(ledger, lease)
+    drain(sweep)
+    assert runs_of(uri)[0].data.tags.get("repro_sweep.code", "") == ""
+    lease.drop()
+
+
+def test_a_tracker_stops_by_itself_when_another_coordinator_has_taken_over(sweep: Path, uri: str) -> None:
+    """That one's own tracker, which has waited for it, goes on; an older one that comes late stops at once."""
+    ledger, lease = next_coordinator(make_ledger(sweep, uri))
+    for number in range(3):
+        add_trial(ledger, number)
+    run_trial(ledger, 0, {"accuracy": 0.5})
+
+    async def story() -> None:
+        nonlocal ledger, lease
+        old = TrackerProcess(sweep, lease.holder.epoch)
+        await old.start()
+        await old.run_ref(0)
+        ledger, lease = next_coordinator(ledger, lease)
+        new = TrackerProcess(sweep, lease.holder.epoch)
+        await new.start()
+        await until(lambda: old.progress.done)
+        assert old._process is not None
+        assert old._process.returncode == 0
+        with pytest.raises(TrackingError, match="the tracker has stopped"):
+            await old.run_ref(1)
+        await new.run_ref(1)
+        for number in (1, 2):
+            run_trial(ledger, number, {"accuracy": 0.5})
+        assert await new.finish(120) == 0
+        late = TrackerProcess(sweep, lease.holder.epoch - 1)
+        await late.start()
+        await until(lambda: late.progress.done)
+        for tracker in (old, late):
+            await tracker.kill()
+
+    asyncio.run(asyncio.wait_for(story(), 200))
+    assert_equal_to_ledger(ledger, uri)
+    lease.drop()
+
+
+def test_a_question_outlives_the_tracker_that_it_was_asked_and_so_does_the_end(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    for number in range(5):
+        add_trial(ledger, number)
+        run_trial(ledger, number, {"accuracy": 0.5})
+
+    async def story() -> None:
+        tracker = TrackerProcess(sweep)
+        await tracker.start()
+        asked = asyncio.create_task(tracker.run_ref(0))
+        elsewhere = asyncio.create_task(tracker.done_elsewhere(120))
+        first = tracker._process
+        assert first is not None
+        first.kill()  # it has not even imported MLflow
+        ref = await asked
+        assert await elsewhere == {}
+        second = tracker._process
+        assert second is not first
+        finished = asyncio.create_task(tracker.finish(120))
+        assert second is not None
+        second.kill()
+        assert await finished == 0
+        assert tracker._process is not second
+        assert ref.run_id == runs_of(uri)[0].info.run_id
+        with pytest.raises(TrackingError, match="the tracker has stopped"):
+            await tracker.run_ref(0)
+
+    asyncio.run(asyncio.wait_for(story(), 200))
+    assert_equal_to_ledger(ledger, uri)
+
+
+@pytest.mark.parametrize("kind", ["a server's", "local"])
+def test_how_far_a_file_has_been_sent_can_be_seen_while_it_is(
+    kind: str, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.bin"
+    file.write_bytes(bytes(3000))
+    store = Store(uri)
+    seen: list[int] = []
+
+    def copy(source: Path, target: Path) -> None:
+        with Path(source).open("rb", buffering=0) as reader, Path(target).open("wb", buffering=0) as writer:
+            for _ in range(3):
+                seen.append(store.moved)
+                writer.write(reader.read(1000))
+
+    class Artifacts:
+        def log_artifact(self, name: str, parent: str | None) -> None:
+            copy(Path(name), tmp_path / "there")
+
+    monkeypatch.setattr("repro_sweep.tracking.store.shutil.copyfile", copy)
+    monkeypatch.setattr(store, "_artifacts", lambda _: Artifacts())
+    where = (tmp_path / "artifacts").as_uri() if kind == "local" else "mlflow-artifacts:/1/artifacts"
+    for name in ("model.bin", "model#.bin"):
+        store.put_file(where, artifact_name(name), file)
+    assert seen == [0, 1000, 2000, 3000, 4000, 5000]
+    assert store.moved == 6000
+    store.put_file(where, "model.bin", file)  # again, as another file of the trial was refused
+    assert seen[6:] == [6000] * 3
+    assert store.moved == 6000
+
+
+def test_a_long_upload_is_waited_for_while_it_gets_on_and_given_up_when_it_begins_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(uploading, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(uploading, "_LOOK_S", 0.01)
+
+    class Tracker:
+        """Reports one thing after another, and has done everything then."""
+
+        def __init__(self, moved: list[int]) -> None:
+            self._rest = moved
+            self._done = asyncio.Event()
+
+        @property
+        def progress(self) -> Progress:
+            if len(self._rest) == 1:
+                self._done.set()
+            return Progress(left=2, moved=self._rest.pop(0) if len(self._rest) > 1 else self._rest[0])
+
+        async def finish(self, _timeout_s: float) -> int:
+            await self._done.wait()
+            return 0
+
+    async def left(moved: list[int]) -> int:
+        return await uploading.upload(cast("TrackerProcess", Tracker(moved)))
+
+    assert asyncio.run(left(list(range(100)))) == 0
+    assert asyncio.run(left([0, 10, 20] * 100_000)) == 2
+
+
 # --- the projection, with a real server ------------------------------------------------------------------------
 
 
@@ -677,6 +945,69 @@ def test_lost_replies_and_failing_requests_make_no_duplicates_and_no_gaps(
         assert set(points) == points_of_ledger(ledger, number)
         assert run.info.status == "FINISHED"
         assert run.data.params == params_of(CONFIG)
+
+
+@pytest.mark.slow
+def test_attempts_trackers_and_replies_may_all_be_lost_at_once(
+    sweep: Path, proxy: Proxy, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trial needs three attempts, each coordinator has another tracker, and the server is as bad as it gets."""
+    monkeypatch.setattr(projection, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(projection, "_LONGEST_PAUSE_S", 0.2)
+    chance = random.Random(11)
+    down = False
+
+    def spoil(_method: str, _path: str) -> int | str | None:
+        if down:
+            return 503
+        luck = chance.random()
+        if luck < 0.02:
+            return "late"
+        return "drop" if luck < 0.12 else 429 if luck < 0.17 else 500 if luck < 0.22 else None
+
+    proxy.spoil = spoil
+    ledger, lease = next_coordinator(make_ledger(sweep, proxy.uri, experiment="all lost"))
+    for number in range(6):
+        add_trial(ledger, number)
+    for ordinal in range(3):
+        at, last = START + 1000 * ordinal, ordinal == 2
+        tracker = MlflowTracker(sweep, epoch=lease.holder.epoch)
+        for number in range(6):
+            attempt = start(ledger, number, ordinal=ordinal, at=at, host=f"node{ordinal}")
+            report(ledger, number, attempt, range(5 * ordinal, 5 * ordinal + 5), at=at)
+            down = ordinal == 1 and number in {2, 3}
+            time.sleep(tracker.sync() / 10)
+            lost = {"state": TrialState.FAIL, "kind": FailureKind.NODE_LOST, "again": True}
+            end(ledger, number, attempt, {"accuracy": 0.5}, at=at + 500, **({} if last else lost))
+            time.sleep(tracker.sync() / 10)
+        if not last:
+            ledger, lease = next_coordinator(ledger, lease)
+            tracker.sync()
+            assert tracker.progress.done  # another coordinator's tracker is to go on
+        if ordinal == 1:  # killed: what is under way is done, and never noted
+            tracker._threads.shutdown()
+            tracker._log.close()
+        else:
+            tracker.close()
+    drain(sweep)
+    deadline = time.monotonic() + 30
+    while proxy.late < proxy.spoilt_late:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    proxy.spoil = lambda _method, _path: None
+    drain(sweep)
+    runs = runs_of(server, sweep_id=ledger.spec.sweep_id)
+    assert [int(run.data.tags["repro_sweep.trial"]) for run in runs] == list(range(6))
+    assert len(runs_of(server, sweep_id=ledger.spec.sweep_id, sweep=True)) == 1
+    for number, run in enumerate(runs):
+        points = points_in(server, run)
+        assert len(points) == len(set(points))
+        assert set(points) == points_of_ledger(ledger, number)
+        assert run.info.status == "FINISHED"
+        history = json.loads(run.data.tags["repro_sweep.attempt_history"])
+        assert [(each["kind"], each["host"]) for each in history] == [
+            ("NODE_LOST", "node0"), ("NODE_LOST", "node1"), (None, "node2"),
+        ]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -848,7 +1179,8 @@ def test_nothing_is_left_in_the_folder_a_tracker_runs_in(
         assert process.stderr is not None
         process.stdin.write('{"do": "finish"}\n')
         process.stdin.flush()
-        assert json.loads(process.stdout.readlines()[-1]) == {"left": 0, "error": None}
+        last = json.loads(process.stdout.readlines()[-1])
+        assert (last["left"], last["error"]) == (0, None)
         assert process.stderr.read() == ""
         assert process.wait() == 0
     assert list((tmp_path / "here").iterdir()) == []

@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
+from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
-from repro_sweep.records import Attempt, NewTrial, Outcome
+from repro_sweep.records import Attempt, NewReport, NewTrial, Outcome
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
 from repro_sweep.tracking.encoding import Curve, milliseconds, points_of
@@ -78,6 +79,17 @@ def make_ledger(directory: Path, uri: str, **changes: Any) -> Ledger:
     return Ledger.create(directory, make_spec(directory, uri, **changes))
 
 
+def next_coordinator(ledger: Ledger, lease: Lease | None = None) -> tuple[Ledger, Lease]:
+    """The ledger of a sweep and its lease as its next coordinator has them; the one before has ended well."""
+    if lease is not None:
+        lease.release(ledger)
+        ledger.commit()
+        lease.drop()
+    ledger.close()
+    mine = Ledger.open(ledger.path.parent)
+    return mine, Lease.acquire(mine, "grid")
+
+
 def add_trial(
     ledger: Ledger,
     number: int,
@@ -132,8 +144,18 @@ def start(ledger: Ledger, number: int, *, ordinal: int = 0, at: float = START, h
 
 def report(ledger: Ledger, number: int, attempt: str, steps: range, *, at: float = START) -> None:
     """Report two metrics at some steps, a second apart."""
-    rows = [(step, at + step, {"accuracy": number + step / 1000, "loss": 1.0 / (step + 1)}) for step in steps]
-    ledger.add_reports(number, attempt, rows)
+    found = ledger.attempt(attempt)
+    assert found is not None
+    reports = [
+        NewReport(
+            seq=seq,
+            step=step,
+            time=at + step,
+            metrics={"accuracy": number + step / 1000, "loss": 1.0 / (step + 1)},
+        )
+        for seq, step in enumerate(steps, found.reports)
+    ]
+    assert ledger.add_reports(attempt, reports)
     ledger.commit()
 
 
@@ -148,10 +170,11 @@ def end(
     message: str | None = None,
     at: float = START + 100,
     again: bool = False,
+    cancelled: bool = False,
 ) -> None:
     """End an attempt."""
     outcome = Outcome(state=state, kind=kind, message=message, metrics=metrics or {}, ended_at=at)
-    ledger.finish_attempt(attempt, number, outcome, again=again)
+    assert ledger.finish_attempt(attempt, outcome, again=again, cancelled=cancelled)
     ledger.commit()
 
 
@@ -314,6 +337,7 @@ class Proxy:
     spoil: Callable[[str, str], int | str | None] = lambda _method, _path: None
     seen: list[tuple[str, str]] = field(default_factory=list)
     late: int = 0
+    spoilt_late: int = 0
     uri: str = ""
 
 
@@ -334,6 +358,7 @@ def proxy_before(server: str) -> Iterator[Proxy]:
                 self._reply(verdict, {}, b"{}")
                 return
             if verdict == "late":
+                proxy.spoilt_late += 1
                 self._reply(503, {}, b"{}")
                 time.sleep(1.0)
             headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}

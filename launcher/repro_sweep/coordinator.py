@@ -98,6 +98,7 @@ class Coordinator:
             on_pause=self._excuse_workers,
         )
         self._crew: Crew | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._running: dict[str, _Running] = {}
         self._workers: dict[str, _Worker] = {}
         self._handout = Handout()
@@ -123,7 +124,7 @@ class Coordinator:
         for number, state in states.items():
             if state is TrialState.WAITING:
                 self._handout.add(number, alone=number in tried and endings.must_be_alone(ledger, number))
-        tally = Tally(self.spec, states)
+        tally = Tally(self.spec, states, ledger.cancelled)
         for attempt in ledger.attempts():  # what earlier runs of the sweep have found
             tally.note_result(attempt.trial, attempt.state, attempt.metrics)
         return tally
@@ -167,7 +168,7 @@ class Coordinator:
         running.intersection_update(message.trials)
         await self._write(lambda ledger: ledger.cancel(waiting | running))
         for number in waiting:
-            self._tally.set_state(number, TrialState.FAIL)
+            self._tally.cancel(number)
         self._cancelling |= running
         self._notify()
         return protocol.Cancelled(trials=tuple(sorted(waiting | running)))
@@ -198,12 +199,12 @@ class Coordinator:
             LeaseLostError: another coordinator has taken the sweep over, with its workers.
             LedgerError: the ledger cannot be written.
         """
-        keeper = asyncio.create_task(self._watch.run())
+        self._keeper = asyncio.create_task(self._watch.run())
         crew = self._crew = Crew(self.spec, executor)
         try:
             await self._recover()
             while not self._over():
-                self._check(keeper)
+                self._check()
                 await self._keep_workers(crew)
                 await self._look_after_workers(crew)
                 if self._stopping:
@@ -212,20 +213,22 @@ class Coordinator:
                 await self._wait_for_change(_POLL_S)
             await self._wait_for_workers(crew)
         finally:
-            keeper.cancel()
             if not self._superseded:
                 self._stopping = True  # what its workers stop now is to be run again
                 self._journal.give_up()
                 await asyncio.to_thread(executor.close, _CLOSE_S)
                 for attempt in list(self._running):
                     await self._end_lost(attempt, "its worker ended")
-        self._check(keeper)
+        self._check()
         failpoint("sweep.over")
         if self._fatal is not None:
             raise self._fatal
 
     async def close(self) -> None:
         """Commit, give the lease back, and close the ledger."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
         lease = self._lease
         await self._journal.close(last=None if lease is None or self._superseded else lease.release)
         if lease is not None:
@@ -528,11 +531,11 @@ class Coordinator:
         """Whether another coordinator has taken the sweep over, with its workers."""
         return isinstance(self._ended_by, LeaseLostError)
 
-    def _check(self, keeper: asyncio.Task[None]) -> None:
+    def _check(self) -> None:
         if self._ended_by is not None:
             raise self._ended_by
-        if keeper.done() and not keeper.cancelled():
-            keeper.result()
+        if self._keeper is not None and self._keeper.done():
+            self._keeper.result()
 
     def _over(self) -> bool:
         if self._searching or self._running or self._starting:

@@ -31,7 +31,7 @@ class Failure:
 class Progress:
     """A picture of a sweep.
 
-    ``busy`` is the share of slot time in use since the first start, from 0 to 1. ``paused`` says why nothing is handed
+    ``counts`` has cancelled trials among the failed ones. ``busy`` is the share of slot time in use since the first start, from 0 to 1. ``paused`` says why nothing is handed
     out now; ``retried`` counts the attempts that were made again.
     """
 
@@ -46,6 +46,7 @@ class Progress:
     draining: bool
     not_tracked: int
     retried: int = 0
+    cancelled: int = 0
     paused: str | None = None
 
 

@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import difflib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from repro_sweep.errors import TrackingError
 from repro_sweep.states import Direction, FailureKind, TrialState
-from repro_sweep.tracking.encoding import CONFIG_ARTIFACT, PREFIX, RECORD_ARTIFACT, safe_key
+from repro_sweep.tracking.encoding import CONFIG_ARTIFACT, PREFIX, RECORD_ARTIFACT, restored, safe_key
 from repro_sweep.tracking.store import one_line
 from repro_sweep.tracking.uri import (
     EMBEDDED,
@@ -34,7 +33,6 @@ from repro_sweep.tracking.uri import (
 )
 
 _PAGE = 1000
-_LARGEST = 1.7976931348623157e308
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
@@ -60,6 +58,7 @@ class Trial:
         failure: why it failed, None where it did not.
         run_id: the id of its MLflow run.
         identity: hash of task, config, source and data; equal identities are the same experiment.
+        reused_from: the id of the MLflow run of another sweep that its result was taken from, None where it ran here.
         point: hash of the same without the keys of ``sweep.repeats``; repeats of one point have it in common.
     """
 
@@ -72,6 +71,7 @@ class Trial:
     failure: Failure | None
     run_id: str
     identity: str
+    reused_from: str | None = None
     point: str = field(default="", repr=False)
     uri: str = field(repr=False)
 
@@ -89,38 +89,46 @@ class Trial:
     def artifact(self, path: str) -> Path:
         """A local path of one of its artifacts (or a folder of them), which must not be written to.
 
-        It is the artifact itself where that is a local file, else a copy that lasts as long as this process.
+        It is the artifact itself where that is a local file, else a copy that lasts as long as this process. What the
+        run of a trial whose result was reused does not have, the run has that it was taken from.
 
         Raises:
             TrackingError: there is no such artifact, or it cannot be had.
         """
-        import mlflow.artifacts
-
+        error: Exception | None = None
         with _reading(self.uri), _no_progress_bar():
+            for run_id in self._runs():
+                try:
+                    return _download(run_id, path, self.uri)
+                except FileNotFoundError as missing:
+                    error = missing.__cause__ if isinstance(missing.__cause__, Exception) else None
+            raise self._no_artifact(path, error) from error
+
+    def _runs(self) -> Iterator[str]:
+        """Its own run, and those that its result was taken from, one from the other."""
+        import mlflow.exceptions
+
+        yield self.run_id
+        seen, source = {self.run_id}, self.reused_from
+        while source is not None and source not in seen:
+            yield source
+            seen.add(source)
             try:
-                found = mlflow.artifacts.download_artifacts(
-                    run_id=self.run_id,
-                    artifact_path=path,
-                    tracking_uri=self.uri,
-                    dst_path=_copies(self.run_id, self.uri),
-                )
-            except OSError as error:
-                raise self._no_artifact(path, error) from error
+                tags = _client(self.uri).get_run(source).data.tags
             except mlflow.exceptions.MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                raise self._no_artifact(path, error) from error
-        if not Path(found).exists():
-            raise self._no_artifact(path, None)
-        return Path(found)
+                return
+            source = tags.get(f"{PREFIX}reused_from") or None
 
     def _no_artifact(self, path: str, error: Exception | None) -> TrackingError:
         import mlflow.artifacts
 
         there: list[str] = []
-        with contextlib.suppress(mlflow.exceptions.MlflowException, OSError):
-            listed = mlflow.artifacts.list_artifacts(run_id=self.run_id, tracking_uri=self.uri)
-            there = [each.path for each in listed or []]
+        for run_id in self._runs():
+            with contextlib.suppress(mlflow.exceptions.MlflowException, OSError):
+                listed = mlflow.artifacts.list_artifacts(run_id=run_id, tracking_uri=self.uri)
+                there += [each.path for each in listed or [] if each.path not in there]
         why = f"it has {', '.join(there)}" if there else one_line(error) if error else "it has none"
         return TrackingError(f"trial {self.number} has no artifact {path!r}: {why}")
 
@@ -235,7 +243,7 @@ def _trial(run: Any, uri: str) -> Trial:
     kind = tags.get("failure_kind")
     state = TrialState(tags["state"])
     record = _record(tags, run.info.run_id, uri)
-    metrics = {key: _restored(value) for key, value in run.data.metrics.items()}
+    metrics = {key: restored(value) for key, value in run.data.metrics.items()}
     for key, value in json.loads(tags.get("metrics") or "{}").items():
         metrics.pop(safe_key(key), None)
         metrics[key] = float(value)
@@ -252,6 +260,7 @@ def _trial(run: Any, uri: str) -> Trial:
         run_id=run.info.run_id,
         identity=tags["identity"],
         point=tags.get("point", ""),
+        reused_from=tags.get("reused_from") or None,
         uri=uri,
     )
 
@@ -270,9 +279,27 @@ def _record(tags: Mapping[str, str], run_id: str, uri: str) -> dict[str, Any]:
     return record
 
 
-def _restored(value: float) -> float:
-    """MLflow's stores keep infinities as the largest finite number."""
-    return math.copysign(math.inf, value) if abs(value) >= _LARGEST else value
+def _download(run_id: str, path: str, uri: str) -> Path:
+    """A local path of an artifact of a run.
+
+    Raises:
+        FileNotFoundError: the run has none of that name; its cause says more.
+    """
+    import mlflow.artifacts
+
+    try:
+        found = mlflow.artifacts.download_artifacts(
+            run_id=run_id, artifact_path=path, tracking_uri=uri, dst_path=_copies(run_id, uri)
+        )
+    except OSError as error:
+        raise FileNotFoundError(path) from error
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise FileNotFoundError(path) from error
+    if not Path(found).exists():
+        raise FileNotFoundError(path)
+    return Path(found)
 
 
 def _client(uri: str) -> Any:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from repro_sweep.progress import Best, Failure, Meter, Progress
 from repro_sweep.records import Outcome
@@ -17,15 +17,24 @@ log = logging.getLogger(__name__)
 
 
 class Tally:
-    """Owned by the coordinator. ``states`` are those of the sweep's trials."""
+    """Owned by the coordinator.
 
-    def __init__(self, spec: SweepSpec, states: Mapping[int, TrialState]) -> None:
+    Args:
+        spec: the sweep's record.
+        states: those of the sweep's trials.
+        cancelled: those of the trials that have failed because the user has cancelled them.
+    """
+
+    def __init__(
+        self, spec: SweepSpec, states: Mapping[int, TrialState], cancelled: Iterable[int] = ()
+    ) -> None:
         self._spec = spec
         self._states = dict(states)
         self._counts = dict.fromkeys(TrialState, 0) | Counter(states.values())
         self._meter = Meter()
         self._best: Best | None = None
         self._failures: list[Failure] = []
+        self._cancelled = {number for number in cancelled if states.get(number) is TrialState.FAIL}
         self._retried = 0
 
     def __contains__(self, number: int) -> bool:
@@ -39,9 +48,15 @@ class Tally:
 
     def set_state(self, number: int, state: TrialState) -> None:
         """A trial has come to a state."""
+        self._cancelled.discard(number)
         self._counts[self._states[number]] -= 1
         self._counts[state] += 1
         self._states[number] = state
+
+    def cancel(self, number: int) -> None:
+        """The user has cancelled a trial, and it does not run."""
+        self.set_state(number, TrialState.FAIL)
+        self._cancelled.add(number)
 
     def measure(self, *, slots: int, running: int) -> None:
         """The number of slots, or of running trials, has changed."""
@@ -52,7 +67,9 @@ class Tally:
         self.set_state(number, TrialState.WAITING if again else outcome.state)
         self._meter.finished(time.monotonic() - since)
         if again:
-            self._retried += 1
+            self._retried += outcome.kind is not FailureKind.CANCELLED
+        elif outcome.kind is FailureKind.CANCELLED:
+            self._cancelled.add(number)
         elif outcome.state is TrialState.FAIL:
             kind = outcome.kind or FailureKind.EXCEPTION
             message = outcome.message or ""
@@ -86,5 +103,6 @@ class Tally:
             draining=draining,
             not_tracked=not_tracked,
             retried=self._retried,
+            cancelled=len(self._cancelled),
             paused=paused,
         )

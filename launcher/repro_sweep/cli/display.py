@@ -55,7 +55,8 @@ class Display:
         while True:
             progress = self._progress()
             now = time.monotonic()
-            state = (dict(progress.counts), progress.not_tracked)
+            tracking = None if _unfinished(progress) else progress.not_tracked
+            state = (dict(progress.counts), tracking, progress.paused)
             if now >= due and state != shown:
                 print(f"repro-sweep: {line(progress)}", file=sys.stderr, flush=True)
                 shown, due = state, now + _LINE_EVERY_S
@@ -69,9 +70,11 @@ def line(progress: Progress) -> str:
     parts = [
         f"{progress.name}: {done}/{sum(counts.values())} done",
         f"{counts[TrialState.RUNNING]} running",
-        f"{counts[TrialState.FAIL]} failed",
+        f"{counts[TrialState.FAIL] - progress.cancelled} failed",
         f"{counts[TrialState.WAITING]} waiting",
     ]
+    if progress.retried:
+        parts.append(f"{progress.retried} retried")
     if progress.best is not None:
         parts.append(f"best {progress.best.value:.5g} (trial {progress.best.trial})")
     if progress.slots:
@@ -80,9 +83,11 @@ def line(progress: Progress) -> str:
         if progress.seconds_left is not None:
             parts.append(f"{duration(progress.seconds_left)} left")
     elif progress.not_tracked:
-        parts.append(f"{progress.not_tracked} trials on their way to MLflow")
+        parts.append(f"{runs(progress.not_tracked)} on the way to MLflow")
     if progress.draining and counts[TrialState.RUNNING]:
         parts.append("nothing new starts")
+    if progress.paused is not None:
+        parts.append(f"paused: {progress.paused}")
     return ", ".join(parts)
 
 
@@ -104,6 +109,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def runs(count: int) -> str:
+    """So many runs of MLflow."""
+    return "1 run" if count == 1 else f"{count} runs"
 
 
 def _unfinished(progress: Progress) -> bool:

@@ -9,6 +9,12 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "plan": "the trials that a sweep would run, without starting anything",
+    "status": "how a sweep is, running or not: what runs, waits and failed where",
+    "attach": "watch a running sweep from another terminal",
+    "logs": "what a trial prints",
+    "cancel": "stop a sweep, or cancel some of its trials",
+    "resume": "go on with a sweep, from its ledger alone",
+    "sync": "bring MLflow up to date with a sweep that is not running",
     "rank": "the ranking of a sweep, from MLflow",
 }
 
@@ -65,11 +71,23 @@ def _dispatch(first: str, arguments: list[str]) -> int:
 
             return sweep.main(arguments)
         if first not in COMMANDS:
-            return fail(f"'{first}' is not a command ({', '.join(COMMANDS)}); an override contains '='")
+            return fail(_no_command(first))
         code: int = importlib.import_module(f"repro_sweep.cli.{first}").main(arguments[1:])
         return code
     except ReproSweepError as error:
         return fail(str(error))
+
+
+def _no_command(word: str) -> str:
+    import difflib
+    from pathlib import Path
+
+    if Path("conf", "sweep", f"{word}.yaml").is_file():
+        hint = f"; did you mean '+sweep={word}'?"
+    else:
+        near = difflib.get_close_matches(word, COMMANDS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"'{word}' is not a command ({', '.join(COMMANDS)}), and an override contains '='{hint}"
 
 
 def fail(message: str) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
+
+from repro_sweep.cli.arguments import Parser, at_least
 
 if TYPE_CHECKING:
     from repro_sweep.ranking import Ranking
@@ -21,9 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         TrackingError: there is no such sweep or metric, or MLflow cannot be read.
     """
-    parser = argparse.ArgumentParser(
-        prog="repro-sweep rank", description="The points of a sweep, best first."
-    )
+    parser = Parser(prog="repro-sweep rank", description="The points of a sweep, best first.")
     parser.add_argument("name", help="the sweep's name")
     parser.add_argument("--metric", help="by default the sweep's own")
     parser.add_argument(
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         choices=["maximize", "minimize"],
         help="by default the sweep's own, or what is usual for the name of another metric",
     )
-    parser.add_argument("--top", type=_positive, metavar="N", help="only the best N points")
+    parser.add_argument("--top", type=partial(at_least, 1), metavar="N", help="only the best N points")
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table")
     parser.add_argument(
         "--uri", help="the MLflow tracking URI (default: MLFLOW_TRACKING_URI, else mlflow.db here)"
@@ -90,10 +90,3 @@ def _number(value: float | None) -> float | str | None:
 
 def _cell(params: Mapping[str, object], name: str) -> object:
     return params.get(name, "")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

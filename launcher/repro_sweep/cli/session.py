@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from repro_sweep import protocol
 from repro_sweep.cli.display import Display
+from repro_sweep.cli.reusing import reusing
 from repro_sweep.cli.summary import summarise
+from repro_sweep.cli.uploading import upload
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.errors import LeaseLostError, ReproSweepError, SweepError
 from repro_sweep.executors import base as executors
 from repro_sweep.lease import Lease, holder_of
 from repro_sweep.ledger import Ledger
 from repro_sweep.server import Server
-from repro_sweep.states import TrialState
 from repro_sweep.tracking.process import TrackerProcess
 
 INTERRUPTED = 130
-_UPLOAD_PATIENCE_S = 60.0
-_LOOK_S = 0.5
 
 
 def run(ledger: Ledger, name: str, record: Callable[[Ledger], None]) -> int:
@@ -52,6 +50,19 @@ def _superseded(directory: Path, name: str) -> ReproSweepError:
     return SweepError(f"sweep '{name}' was taken over by {who}, as this one did not go on; nothing is lost")
 
 
+class _Coordinator(Coordinator):
+    """Tells the user of this terminal what a command in another one wants."""
+
+    async def cancel(self, message: protocol.Cancel) -> protocol.Cancelled:
+        """Say it, and do it."""
+        if message.trials is None:
+            say("another command stops the sweep: nothing new starts, running trials are stopped")
+        cancelled = await super().cancel(message)
+        for number in cancelled.trials:
+            say(f"another command has cancelled trial {number}")
+        return cancelled
+
+
 class _Session:
     """One run of a coordinator with everything around it."""
 
@@ -60,45 +71,36 @@ class _Session:
         self._ledger = ledger
         self._lease = lease
         self._interrupts = 0
-        self._waiting = any(state is TrialState.WAITING for _, state in ledger.states())
-        self._tracker = TrackerProcess(Path(self._spec.directory))
-        self._coordinator = Coordinator(self._spec, ledger, self._tracker, lease)
+        self._tracker = TrackerProcess(Path(self._spec.directory), lease.holder.epoch)
+        self._coordinator = _Coordinator(self._spec, ledger, self._tracker, lease)
         self._uploading: asyncio.Task[int] | None = None
+        self._reusing: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Run the sweep, upload the rest, print the summary; returns the exit status."""
         self._handle_signals()
         await self._tracker.start()
-        try:
-            async with Display(self._coordinator.progress):
-                await self._work()
-                left = await self._upload()
-        finally:
-            await self._tracker.kill()
-            await self._coordinator.close()
-        failed = summarise(self._spec, self._coordinator.progress(), left)
-        return INTERRUPTED if self._interrupts else int(failed)
-
-    async def _work(self) -> None:
         server = Server(self._coordinator)
-        await server.start()
         try:
-            self._lease.announce(server.path)
-            await self._coordinator.run(executors.create(self._spec, server.path))
+            await server.start()
+            async with Display(self._coordinator.progress):
+                self._lease.announce(server.path)
+                async with reusing(self._spec, self._coordinator, self._tracker) as self._reusing:
+                    await self._coordinator.run(executors.create(self._spec, server.path))
+                left = await self._upload()
+            error = self._tracker.progress.error
         finally:
             await server.stop()
+            await self._tracker.kill()
+            await self._coordinator.close()
+        failed = summarise(self._spec, self._coordinator.progress(), left, error)
+        return INTERRUPTED if self._interrupts else int(failed)
 
     async def _upload(self) -> int:
-        """Wait until MLflow has everything, or gives no sign of life; returns how many trials it lacks."""
-        self._uploading = asyncio.create_task(self._tracker.finish(math.inf))
-        left, since = self._tracker.progress.left, time.monotonic()
+        """Bring the rest to MLflow; returns how many runs it lacks."""
+        self._uploading = asyncio.create_task(upload(self._tracker))
         try:
-            while not (await asyncio.wait([self._uploading], timeout=_LOOK_S))[0]:
-                if self._tracker.progress.left != left:
-                    left, since = self._tracker.progress.left, time.monotonic()
-                elif time.monotonic() - since > _UPLOAD_PATIENCE_S:
-                    self._uploading.cancel()
-            return self._uploading.result()
+            return await self._uploading
         except asyncio.CancelledError:
             return self._tracker.progress.left
 
@@ -115,6 +117,8 @@ class _Session:
         elif self._interrupts == 1:
             say("interrupted: nothing new starts, running trials finish; once more to stop them")
             self._coordinator.drain()
+            if self._reusing is not None:
+                self._reusing.cancel()
         else:
             say("interrupted again: running trials are stopped")
             self._terminate()

@@ -6,72 +6,101 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from repro_sweep.cli.display import duration
+from repro_sweep.cli import finding, overview
+from repro_sweep.cli.display import duration, runs
+from repro_sweep.cli.overview import FailedTrial
 from repro_sweep.cli.rankings import table
 from repro_sweep.ledger import Ledger
-from repro_sweep.progress import Failure, Progress
+from repro_sweep.progress import Progress
 from repro_sweep.standings import Entry, rank_points
-from repro_sweep.states import TrialState
+from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking.uri import is_http
-from repro_sweep.worker.agent import LOG_NAME
 
 _SHOWN_POINTS = 10
 _SHOWN_FAILURES = 10
 _SHOWN_ALIKE = 3
 
 
-def summarise(spec: SweepSpec, progress: Progress, left: int) -> bool:
-    """Print the summary; returns whether some trial failed or was left waiting.
+def summarise(spec: SweepSpec, progress: Progress, left: int, error: str | None = None) -> bool:
+    """Print the summary of a sweep whose coordinator has ended; returns whether some trial failed or was left waiting.
 
-    ``left`` is the number of trials that MLflow does not have yet.
+    ``left`` is the number of runs that MLflow does not have yet, ``error`` why.
     """
-    _print_ranking(spec)
-    _print_failures(progress)
-    counts = progress.counts
-    parts = [f"{counts[state]} {state.lower()}" for state in TrialState if counts[state]]
-    print(f"\n{spec.name}: {', '.join(parts)}", end="")
-    if progress.elapsed_s > 0:
-        print(f"; slots {progress.busy:.0%} busy over {duration(progress.elapsed_s)}", end="")
-    print()
-    if counts[TrialState.WAITING]:
-        print("the same command again goes on with what is waiting")
+    directory = Path(spec.directory)
+    name = finding.reference(directory)
+    ledger = Ledger.open(directory, readonly=True)
+    try:
+        complete = show(ledger, directory, _how_it_ran(progress))
+        waiting = overview.counts(ledger)[TrialState.WAITING]
+    finally:
+        ledger.close()
+    if waiting:
+        print(f"{_trials(waiting)} left: 'repro-sweep resume {name}' goes on")
     if left:
-        print(
-            f"{left} trials are not in MLflow yet ({spec.tracking.uri}); the same command again brings them there"
-        )
+        why = f": {error}" if error else ""
+        print(f"MLflow lacks {runs(left)} ({spec.tracking.uri}{why});", end=" ")
+        print(f"'repro-sweep sync {name}' or the next start sends what is missing")
     uri = shlex.quote(spec.tracking.uri)
     if is_http(spec.tracking.uri):
         print(f"MLflow: {spec.tracking.uri}, experiment {spec.tracking.experiment}")
     else:
         print(f"see it in a browser: mlflow ui --backend-store-uri {uri}")
-    return bool(progress.failures) or counts[TrialState.WAITING] > 0
+    return not complete
 
 
-def _print_ranking(spec: SweepSpec) -> None:
-    ledger = Ledger.open(Path(spec.directory), readonly=True)
-    try:
-        values = {
-            attempt.trial: attempt.metrics.get(spec.ranked_by)
-            for attempt in ledger.attempts()
-            if attempt.state is TrialState.COMPLETE
-        }
-        names = sorted({name for attempt in ledger.attempts() for name in attempt.metrics})
-        entries = [
-            Entry(
-                number=trial.number,
-                params=trial.params,
-                state=trial.state,
-                value=values.get(trial.number),
-                point=trial.point,
-            )
-            for trial in ledger.trials()
-        ]
-    finally:
-        ledger.close()
+def show(ledger: Ledger, directory: Path, note: str = "") -> bool:
+    """Print the ranking, the failures and the counts, with a note; returns whether nothing failed or is left to run."""
+    _print_ranking(ledger)
+    failed = overview.failed_trials(ledger, directory)
+    _print_failures(failed)
+    print(f"\n{ledger.spec.name}: {tally(ledger)}{note}")
+    return not failed and finding.is_finished(ledger)
+
+
+def tally(ledger: Ledger) -> str:
+    """How many trials are in which state: ``46 complete, 1 fail, 1 cancelled``."""
+    counts = overview.counts(ledger)
+    parts = [f"{counts[state]} {state.lower()}" for state in TrialState if counts[state]]
+    if ledger.cancelled:
+        parts.append(f"{len(ledger.cancelled)} cancelled")
+    return ", ".join(parts) or "no trials"
+
+
+def _how_it_ran(progress: Progress) -> str:
+    note = ""
+    if progress.retried:
+        note = f"; {progress.retried} attempt{' was' if progress.retried == 1 else 's were'} retried"
+    if progress.elapsed_s > 0:
+        note += f"; slots {progress.busy:.0%} busy over {duration(progress.elapsed_s)}"
+    return note
+
+
+def _trials(count: int) -> str:
+    return "1 trial is" if count == 1 else f"{count} trials are"
+
+
+def _print_ranking(ledger: Ledger) -> None:
+    spec = ledger.spec
+    attempts = ledger.attempts()
+    values = {
+        attempt.trial: attempt.metrics.get(spec.ranked_by)
+        for attempt in attempts
+        if attempt.state is TrialState.COMPLETE
+    }
     if all(value is None for value in values.values()):
-        _print_no_ranking(spec, names)
+        _print_no_ranking(spec, sorted({name for attempt in attempts for name in attempt.metrics}))
         return
+    entries = [
+        Entry(
+            number=trial.number,
+            params=trial.params,
+            state=trial.state,
+            value=values.get(trial.number),
+            point=trial.point,
+        )
+        for trial in ledger.trials()
+    ]
     rows = rank_points(entries, spec.direction)
     print(f"\nby {spec.ranked_by}, {spec.direction}:\n{table(rows[:_SHOWN_POINTS], spec.ranked_by)}")
     if len(rows) > _SHOWN_POINTS:
@@ -84,16 +113,16 @@ def _print_no_ranking(spec: SweepSpec, names: Sequence[str]) -> None:
         print(f"see repro-sweep rank {spec.name} --metric {names[0]}")
 
 
-def _print_failures(progress: Progress) -> None:
-    if not progress.failures:
+def _print_failures(failed: Sequence[FailedTrial]) -> None:
+    if not failed:
         return
-    print(f"\n{len(progress.failures)} failed:")
-    alike: dict[tuple[str, str], list[Failure]] = {}
-    for failure in sorted(progress.failures, key=lambda each: each.trial):
+    print(f"\n{len(failed)} failed:")
+    alike: dict[tuple[FailureKind, str], list[FailedTrial]] = {}
+    for failure in failed:
         alike.setdefault((failure.kind, failure.message), []).append(failure)
     shown = [failure for group in alike.values() for failure in group[:_SHOWN_ALIKE]][:_SHOWN_FAILURES]
     for failure in shown:
         message = failure.message.splitlines()[0] if failure.message else ""
-        print(f"  trial {failure.trial}  {failure.kind}  {message}  {Path(failure.directory) / LOG_NAME}")
-    if len(progress.failures) > len(shown):
-        print(f"  … {len(progress.failures) - len(shown)} more: see trial.log in each one's directory")
+        print(f"  trial {failure.trial}  {failure.kind}  {message}  {failure.log}")
+    if len(failed) > len(shown):
+        print(f"  … {len(failed) - len(shown)} more: see trial.log in each one's directory")

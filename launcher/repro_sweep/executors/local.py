@@ -79,15 +79,14 @@ class LocalExecutor(Executor):
                 process.ends_before(deadline + _KILL_S)
 
     def _find_earlier(self) -> None:
-        """Workers of this machine that an earlier coordinator of the sweep has started and that still live."""
+        """Workers of this machine that an earlier coordinator of the sweep has started, living and dead."""
         for path in Path(self._context.spec.directory).glob(f"workers/*/{_RECORD}"):
             try:
                 record = json.loads(path.read_text())
-                process = _Process(record["pid"], record["started"])
+                host, process = record["host"], _Process(record["pid"], record["started"])
             except (OSError, ValueError, KeyError):
                 continue
-            here = record["host"] == socket.gethostname() and process.status().state is WorkerState.ALIVE
-            if here and path.parent.name not in self._workers:
+            if host == socket.gethostname() and path.parent.name not in self._workers:
                 self._workers[path.parent.name] = process
 
     def _start(self) -> str:
@@ -125,8 +124,7 @@ class _Process:
         code = self._child.poll()
         if code is None:
             return _ALIVE
-        detail = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        return WorkerStatus(state=WorkerState.ENDED, detail=detail)
+        return WorkerStatus(state=WorkerState.ENDED, detail=_ending(code))
 
     def send(self, number: signal.Signals) -> None:
         if self._child is not None:
@@ -141,6 +139,15 @@ class _Process:
                 return False
             time.sleep(_LOOK_S)
         return True
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exited with status {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal
+        return f"killed by signal {-code}"
 
 
 _ALIVE = WorkerStatus(state=WorkerState.ALIVE)

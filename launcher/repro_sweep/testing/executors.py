@@ -82,6 +82,26 @@ class ExecutorConformance(ABC):
         executor.close(timeout_s=5.0)
         assert {status.state for status in executor.poll().values()} == {WorkerState.ENDED}
 
+    def test_workers_that_an_earlier_coordinator_has_started_are_found_and_can_be_stopped(
+        self, tmp_path: Path
+    ) -> None:
+        spec, nobody = sweep(tmp_path), str(tmp_path / "nobody.sock")
+        earlier = self.create(spec, nobody)
+        try:
+            [one] = earlier.start(1)
+            [other] = earlier.start(1)
+            later = self.create(spec, nobody)
+            assert _becomes(lambda: _alive(later) == {one, other})
+            later.stop([one])
+            assert _becomes(lambda: _alive(later) == {other})
+            assert later.poll()[one].detail
+            later.close(timeout_s=5.0)
+            assert _alive(later) == set()
+            assert _becomes(lambda: _alive(earlier) == set())
+            assert _alive(self.create(spec, nobody)) == set()
+        finally:
+            earlier.close(timeout_s=5.0)
+
 
 def sweep(directory: Path) -> SweepSpec:
     """The record of a small sweep in ``directory``, whose task returns its ``x``."""
@@ -127,6 +147,10 @@ def _trial(number: int) -> NewTrial:
         repeat={},
         config=f"x: {number}\n",
     )
+
+
+def _alive(executor: Executor) -> set[str]:
+    return {worker for worker, status in executor.poll().items() if status.state is WorkerState.ALIVE}
 
 
 def _becomes(condition: Callable[[], bool]) -> bool:

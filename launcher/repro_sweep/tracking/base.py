@@ -7,8 +7,10 @@ instant loses nothing, because whatever it has not recorded as sent it sends aga
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from repro_sweep.records import Reused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,16 +28,21 @@ class Progress:
 
     ``left`` counts the trials (and the sweep itself) that have something not uploaded yet. ``error`` is one line
     that says why nothing, or something, cannot be uploaded now. ``done`` is true when a finishing tracker has
-    uploaded all that the server takes.
+    uploaded all that the server takes, or another coordinator's tracker is to go on. ``moved`` counts the bytes of
+    files and the points that went to the server: while it reaches new heights, a long upload is getting somewhere.
     """
 
     left: int
     error: str | None = None
     done: bool = False
+    moved: int = 0
 
 
 Answer = Callable[[RunRef | str], None]
 """Called once with the run, or with one line that says why there is none."""
+
+AnswerElsewhere = Callable[[Mapping[str, Reused] | str], None]
+"""Called once with results by the identity of their trial, or with one line that says why they are not known."""
 
 
 class Tracker(ABC):
@@ -52,6 +59,10 @@ class Tracker(ABC):
     @abstractmethod
     def request_run(self, trial: int, answer: Answer) -> None:
         """Create or find the run of a trial now, ahead of all others, and pass it to ``answer``."""
+
+    @abstractmethod
+    def request_elsewhere(self, answer: AnswerElsewhere) -> None:
+        """Look for the results that other sweeps have of the trials that wait, and pass them to ``answer``."""
 
     @abstractmethod
     def finish(self) -> None:

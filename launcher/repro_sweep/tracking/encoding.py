@@ -11,6 +11,7 @@ import json
 import math
 import posixpath
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from repro_sweep.records import Attempt, Trial
-from repro_sweep.states import TrialState
+from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 
 PREFIX = "repro_sweep."
@@ -29,6 +30,7 @@ RECORD_ARTIFACT = "repro_sweep/trial.json"
 KEY_LIMIT = 250
 PARAM_LIMIT = 6000
 TAG_LIMIT = 5000
+LARGEST = sys.float_info.max
 _MESSAGE_LIMIT = 1000
 
 STATUS = {
@@ -55,8 +57,13 @@ class Point:
         """Equal for the same point before and after a round trip (MLflow stores infinities as the largest float)."""
         value = self.value
         if math.isinf(value):
-            value = math.copysign(1.7976931348623157e308, value)
+            value = math.copysign(LARGEST, value)
         return self.key, self.at_ms, self.step, "nan" if math.isnan(value) else repr(float(value))
+
+
+def restored(value: float) -> float:
+    """A value as it was logged: MLflow's stores keep infinities as the largest finite number."""
+    return math.copysign(math.inf, value) if abs(value) >= LARGEST else value
 
 
 # --- text ----------------------------------------------------------------------------------------------------
@@ -218,10 +225,23 @@ def record_of(trial: Trial) -> str | None:
     )
 
 
-def state_tags(trial: Trial, attempts: Sequence[Attempt]) -> dict[str, str]:
-    """The tags of a trial's run that follow its state; an empty text where there is nothing to say."""
+def status(trial: Trial) -> str:
+    """MLflow's status of a trial's run."""
+    return "KILLED" if is_cancelled(trial) else STATUS[trial.state]
+
+
+def is_cancelled(trial: Trial) -> bool:
+    """Whether it was the user who has ended a trial."""
+    return trial.cancelled and trial.state is TrialState.FAIL
+
+
+def state_tags(trial: Trial, attempts: Sequence[Attempt], code: str = "") -> dict[str, str]:
+    """The tags of a trial's run that follow its state; an empty text where there is nothing to say.
+
+    ``code`` is the fingerprint of the code that its latest attempt ran with.
+    """
     latest = attempts[-1] if attempts else None
-    failure = latest if latest is not None and trial.state is TrialState.FAIL else None
+    kind, message = _failure(trial, latest)
     metrics = (
         canonical(latest.metrics)
         if latest is not None and trial.state.is_finished() and latest.metrics
@@ -231,11 +251,25 @@ def state_tags(trial: Trial, attempts: Sequence[Attempt]) -> dict[str, str]:
         state=trial.state,
         attempts=str(len(attempts)),
         attempt_history=_history(attempts),
-        failure_kind=(failure.kind or "") if failure else "",
-        failure_message=shorten((failure.message or ""), _MESSAGE_LIMIT) if failure else "",
+        failure_kind=kind,
+        failure_message=shorten(message, _MESSAGE_LIMIT),
+        code=code,
+        reused_from=trial.reused or "",
         host=latest.host if latest else "",
         metrics=clean(metrics) if len(clean(metrics)) <= TAG_LIMIT else "",
     )
+
+
+def _failure(trial: Trial, latest: Attempt | None) -> tuple[str, str]:
+    if trial.state is not TrialState.FAIL:
+        return "", ""
+    kind = (latest.kind if latest is not None else None) or ""
+    message = (latest.message if latest is not None else None) or ""
+    if (
+        is_cancelled(trial) and kind != FailureKind.CANCELLED
+    ):  # while it waited: its last attempt has its own end
+        return FailureKind.CANCELLED, "cancelled while it waited"
+    return kind, message
 
 
 def sweep_tags(spec: SweepSpec) -> dict[str, str]:
@@ -256,6 +290,7 @@ def sweep_tags(spec: SweepSpec) -> dict[str, str]:
             git_dirty=dirty,
             repeats=canonical(spec.repeats),
             sampler=spec.sampler,
+            code=spec.code,
             executor=spec.executor_name,
             directory=spec.directory,
         ),

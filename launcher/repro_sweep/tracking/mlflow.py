@@ -11,15 +11,18 @@ import heapq
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from repro_sweep.errors import LedgerError
+from repro_sweep.lease import holder_of
 from repro_sweep.ledger import Ledger
+from repro_sweep.records import Reused
 from repro_sweep.states import TrialState
-from repro_sweep.tracking.base import Answer, Progress, RunRef, Tracker
-from repro_sweep.tracking.sent import SWEEP, Sent, SentLog
+from repro_sweep.tracking import elsewhere
+from repro_sweep.tracking.base import Answer, AnswerElsewhere, Progress, RunRef, Tracker
+from repro_sweep.tracking.sent import SWEEP, Codes, Sent, SentLog, Session
 from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, one_line
 from repro_sweep.tracking.upload import Place, SweepUpload, TrialUpload, Upload, load_work, perform
 from repro_sweep.tracking.uri import check_writable, resolve_uri
@@ -66,6 +69,7 @@ class MlflowTracker(Tracker):
 
     Args:
         directory: the sweep's directory.
+        epoch: of the coordinator that this is the tracker of; None: whichever the sweep has now.
         wake: called from any thread when an upload has ended, so that the owner calls :meth:`sync` soon.
         clock: monotonic seconds.
 
@@ -78,12 +82,14 @@ class MlflowTracker(Tracker):
         self,
         directory: Path,
         *,
+        epoch: int | None = None,
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         store: Store | None = None,
     ) -> None:
         self._ledger = Ledger.open(directory, readonly=True)
         self._spec = self._ledger.spec
+        self._epoch = _epoch(self._ledger) if epoch is None else epoch
         self._log = SentLog(directory)
         self._store = store or Store(self._spec.tracking.uri)
         self._wake = wake
@@ -102,9 +108,13 @@ class MlflowTracker(Tracker):
         self._error: str | None = None
         self._finishing = False
         self._closed = False
+        self._replaced = False
+        self._elsewhere: list[tuple[Future[dict[str, Reused]], AnswerElsewhere]] = []
         self._threads = ThreadPoolExecutor(self._store.parallel, thread_name_prefix="tracking")
         self._urgent = ThreadPoolExecutor(1, thread_name_prefix="tracking-urgent")
+        self._searches = ThreadPoolExecutor(1, thread_name_prefix="tracking-search")
         self._forget_other_server()
+        self._codes = self._note_code()
         self._start_over()
 
     # --- the port -------------------------------------------------------------------------------------------
@@ -113,6 +123,12 @@ class MlflowTracker(Tracker):
         """See :meth:`Tracker.sync`."""
         self._record_ended()
         self._answer_all()
+        self._answer_elsewhere()
+        if not self._replaced and _epoch(self._ledger) > self._epoch:
+            _logger.info("the sweep has another coordinator, whose own tracker goes on")
+            self._replaced = True
+        if self._replaced:
+            return POLL_S
         self._discover()
         if self._finishing and not self._closed and SWEEP not in self._jobs:
             self._add(SWEEP, self._clock())
@@ -128,6 +144,13 @@ class MlflowTracker(Tracker):
             return
         self._answers.setdefault(trial, []).append(answer)
         self._answer_all()
+
+    def request_elsewhere(self, answer: AnswerElsewhere) -> None:
+        """See :meth:`Tracker.request_elsewhere`."""
+        wanted = elsewhere.waiting(self._ledger)
+        future = self._searches.submit(elsewhere.search, self._store, self._spec, wanted)
+        self._elsewhere.append((future, answer))
+        future.add_done_callback(lambda _: self._wake())
 
     def finish(self) -> None:
         """See :meth:`Tracker.finish`."""
@@ -146,21 +169,21 @@ class MlflowTracker(Tracker):
                 f"{_name(number)}: {each.error}" for number, each in self._pending.items() if each.error
             )
             error = next(errors, None)
-        return Progress(
-            left=len(left), error=error, done=self._finishing and not self._jobs and self._is_over()
-        )
+        over = self._finishing and not self._jobs and self._is_over()
+        return Progress(left=len(left), error=error, done=over or self._replaced, moved=self._store.moved)
 
     def close(self) -> None:
         """See :meth:`Tracker.close`."""
         error = self._error
         self._store.stop()
-        for threads in (self._threads, self._urgent):
+        for threads in (self._threads, self._urgent, self._searches):
             threads.shutdown(wait=True, cancel_futures=True)
         self._record_ended()
         self._error = error  # not that of the uploads that were stopped
         for trial in list(self._answers):
             for answer in self._answers.pop(trial):
                 answer("the tracker has stopped")
+        self._answer_elsewhere()
         self._log.close()
         self._ledger.close()
 
@@ -173,6 +196,21 @@ class MlflowTracker(Tracker):
             self._log.forget()
         self._log.set_meta(server=here)
         self._search_first = self._log.meta("search_first") == "1"
+
+    def _note_code(self) -> Codes:
+        """Remember from when on the sweep's attempts run with this code."""
+        codes = self._log.codes()
+        holder = holder_of(self._ledger)
+        if _epoch(self._ledger) != self._epoch:  # so the sweep's record may be another coordinator's
+            return codes
+        if self._epoch <= 1:  # nothing can have run before
+            codes = codes.begin(Session(1, 0.0, -1, self._spec.code))
+        elif holder is not None and holder.epoch == self._epoch:
+            change = max((change for _, change, _, _ in self._ledger.changes()), default=-1)
+            codes = codes.begin(Session(self._epoch, holder.since, change, self._spec.code))
+        if codes != self._log.codes():
+            self._log.set_codes(codes)
+        return codes
 
     def _start_over(self) -> None:
         """Compare the whole ledger with what was sent."""
@@ -299,7 +337,7 @@ class MlflowTracker(Tracker):
                 },
             )
         assert self._place is not None
-        work = load_work(self._ledger, self._spec, row)
+        work = load_work(self._ledger, self._spec, row, self._codes)
         if work.trial.state is TrialState.RUNNING:
             self._quiet_until[row.trial] = self._clock() + REPORTS_S
         else:
@@ -389,6 +427,18 @@ class MlflowTracker(Tracker):
             if number not in self._jobs:
                 self._submit([number], self._urgent)
 
+    def _answer_elsewhere(self) -> None:
+        for each in [each for each in self._elsewhere if each[0].done()]:
+            self._elsewhere.remove(each)
+            future, answer = each
+            try:
+                answer(future.result())
+            except (CancelledError, Unavailable, Refused, Gone) as error:
+                answer(one_line(error))
+            except Exception as error:
+                _logger.exception("looking for results of other sweeps: a bug")
+                answer(f"{type(error).__name__}: {one_line(error)}")
+
     def _next_due(self) -> float:
         if self._answers:
             return 0.02  # the run's id is known before the upload has ended
@@ -404,6 +454,10 @@ def _pause(failures: int) -> float:
 
 def _is_hopeless(pending: _Pending) -> bool:
     return pending.refused and pending.failures >= _LAST_TRIES
+
+
+def _epoch(ledger: Ledger) -> int:
+    return int(ledger.meta("epoch") or 0)
 
 
 def _name(number: int) -> str:

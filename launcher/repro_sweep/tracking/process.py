@@ -2,12 +2,15 @@
 
 MLflow is imported here and nowhere near a trial or the coordinator. The two sides speak JSON lines::
 
-    coordinator -> tracker   {"do": "run", "trial": 3}    {"do": "finish"}    (end of file: stop soon)
+    coordinator -> tracker   {"do": "run", "trial": 3}    {"do": "done_elsewhere"}    {"do": "finish"}
+                             (end of file: stop soon)
     tracker -> coordinator   {"run": 3, "run_id": …, "uri": …, "experiment_id": …}    {"run": 3, "error": "one line"}
-                             {"left": 12, "error": null}, about once a second
+                             {"elsewhere": {identity: {…}, …}, "more": true}    {"elsewhere": {}, "error": "one line"}
+                             {"left": 12, "error": null, "moved": 34567}, about once a second
 
-Started by hand, ``python -m repro_sweep.tracking.process DIRECTORY`` brings MLflow up to date until it is told to
-stop. What MLflow and its parts write goes to ``tracking.log`` in the sweep's directory.
+Started by hand, ``python -m repro_sweep.tracking.process DIRECTORY [EPOCH]`` brings MLflow up to date until it is told
+to stop, or until the sweep has a coordinator with a larger epoch, whose own tracker goes on. What MLflow and its parts
+write goes to ``tracking.log`` in the sweep's directory.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from repro_sweep.errors import ReproSweepError, TrackingError
+from repro_sweep.records import Reused
 from repro_sweep.tracking.base import Answer, Progress, RunRef, Tracker
 
 LOG_NAME = "tracking.log"
@@ -42,18 +47,20 @@ _LONGEST_RESTART_S = 30.0
 _KILL_S = 5.0
 _NICE = 10
 _LINE_LIMIT = 1_000_000
+_RESULTS_A_LINE = 50
 
 _logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tracker of the sweep in the given directory until it is done or told to stop."""
-    (directory,) = sys.argv[1:] if argv is None else argv
+    directory, *rest = sys.argv[1:] if argv is None else argv
+    epoch = int(rest[0]) if rest else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, which tells us what to do
     _yield_to_trials()
     with _private_stdout(Path(directory)) as out:
         try:
-            _Loop(Path(directory), out).run()
+            _Loop(Path(directory), epoch, out).run()
         except ReproSweepError as error:
             _logger.error("%s", error)  # noqa: TRY400  (one line is what the user needs)
             return 1
@@ -90,8 +97,9 @@ def _private_stdout(directory: Path) -> Iterator[IO[str]]:
 class _Loop:
     """Owns the tracker; everything but reading stdin happens in the main thread."""
 
-    def __init__(self, directory: Path, out: IO[str]) -> None:
+    def __init__(self, directory: Path, epoch: int | None, out: IO[str]) -> None:
         self._directory = directory
+        self._epoch = epoch
         self._out = out
         self._wake = threading.Event()
         self._commands: queue.SimpleQueue[dict[str, object] | None] = queue.SimpleQueue()
@@ -128,7 +136,7 @@ class _Loop:
         make = cast("Callable[..., Tracker]", getattr(importlib.import_module(module), name))
         while True:
             try:
-                return make(self._directory, wake=self._wake.set)
+                return make(self._directory, epoch=self._epoch, wake=self._wake.set)
             except BlockingIOError:
                 self._tell(Progress(left=0, error="another tracker is still at work on this sweep"))
             time.sleep(_LOCK_S)
@@ -154,6 +162,8 @@ class _Loop:
                 self._stop = True
             elif command["do"] == "finish":
                 tracker.finish()
+            elif command["do"] == "done_elsewhere":
+                tracker.request_elsewhere(self._answer_elsewhere)
             elif command["do"] == "run":
                 trial = int(str(command["trial"]))
                 tracker.request_run(trial, self._answer_to(trial))
@@ -168,11 +178,21 @@ class _Loop:
 
         return answer
 
+    def _answer_elsewhere(self, found: Mapping[str, Reused] | str) -> None:
+        if isinstance(found, str):
+            self._say({"elsewhere": {}, "error": found})
+            return
+        rest = [(identity, asdict(result)) for identity, result in found.items()]
+        while len(rest) > _RESULTS_A_LINE:
+            self._say({"elsewhere": dict(rest[:_RESULTS_A_LINE]), "more": True})
+            del rest[:_RESULTS_A_LINE]
+        self._say({"elsewhere": dict(rest)})
+
     def _tell(self, progress: Progress, *, at_once: bool = False) -> None:
         now = time.monotonic()
         if at_once or now - self._told_at >= _TELL_S:
             self._told_at = now
-            self._say({"left": progress.left, "error": progress.error})
+            self._say({"left": progress.left, "error": progress.error, "moved": progress.moved})
 
     def _say(self, message: dict[str, object]) -> None:
         self._out.write(json.dumps(message) + "\n")
@@ -185,14 +205,20 @@ class TrackerProcess:
     Nothing here waits for MLflow unless it is asked to.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, epoch: int | None = None) -> None:
         self._directory = directory
+        self._epoch = epoch
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._asked: dict[int, list[asyncio.Future[RunRef]]] = {}
+        self._asked_elsewhere: asyncio.Future[dict[str, Reused]] | None = None
+        self._elsewhere: dict[str, Reused] = {}
         self._progress = Progress(left=0)
         self._finishing = False
+        self._stopping = False
+        self._spoke = False
         self._ended = asyncio.Event()
+        self._hurry = asyncio.Event()
 
     @property
     def progress(self) -> Progress:
@@ -208,16 +234,36 @@ class TrackerProcess:
         """The MLflow run of a trial, created now if it does not exist.
 
         Raises:
-            TrackingError: MLflow cannot be reached, or refuses.
+            TrackingError: MLflow cannot be reached, or refuses, or the process has ended for good.
         """
+        self._check_running()
         future: asyncio.Future[RunRef] = asyncio.get_running_loop().create_future()
         self._asked.setdefault(trial, []).append(future)
         await self._send({"do": "run", "trial": trial})
         return await future
 
+    async def done_elsewhere(self, timeout_s: float) -> dict[str, Reused]:
+        """The results that other sweeps have of the trials that wait, by identity. One question at a time.
+
+        Raises:
+            TrackingError: MLflow cannot be asked, or has not answered in time.
+        """
+        self._check_running()
+        self._elsewhere = {}
+        self._asked_elsewhere = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._send({"do": "done_elsewhere"})
+                return await self._asked_elsewhere
+        except TimeoutError:
+            raise TrackingError(f"no answer within {timeout_s:g} s") from None
+        finally:
+            self._asked_elsewhere = None
+
     async def finish(self, timeout_s: float) -> int:
         """Let the process upload everything and end; returns how many trials were left when the time was over."""
         self._finishing = True
+        self._hurry.set()
         await self._send({"do": "finish"})
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), timeout_s)
@@ -226,7 +272,8 @@ class TrackerProcess:
 
     async def kill(self) -> None:
         """End the process: politely, by closing its input, then by force. What it has not sent is sent another time."""
-        self._finishing = True
+        self._finishing = self._stopping = True
+        self._hurry.set()
         process = self._process
         if process is not None and process.returncode is None:
             if process.stdin is not None:
@@ -241,7 +288,10 @@ class TrackerProcess:
             self._keeper = None
 
     async def _spawn(self) -> None:
-        command = (sys.executable, "-m", __spec__.name if __spec__ else __name__, str(self._directory))
+        command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, str(self._directory)]
+        if self._epoch is not None:
+            command.append(str(self._epoch))
+        self._spoke = False
         self._process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,
@@ -249,6 +299,10 @@ class TrackerProcess:
             limit=_LINE_LIMIT,
             start_new_session=True,
         )
+
+    def _check_running(self) -> None:
+        if self._ended.is_set():
+            raise TrackingError("the tracker has stopped")
 
     async def _send(self, message: dict[str, object]) -> None:
         process = self._process
@@ -259,7 +313,7 @@ class TrackerProcess:
             await process.stdin.drain()
 
     async def _keep(self) -> None:
-        """Read what the process says; start it again when it dies before its work is done."""
+        """Read what the process says; when it dies before its work is done, start it again and ask it again."""
         pause_s = _RESTART_S
         while True:
             assert self._process is not None
@@ -268,31 +322,48 @@ class TrackerProcess:
             async for line in self._process.stdout:
                 self._heard(json.loads(line))
             code = await self._process.wait()
-            if code == 0 or self._finishing:
+            if code == 0 or self._stopping or (self._finishing and not self._spoke):
                 break
-            self._progress = Progress(
-                left=self._progress.left, error=f"the tracker died ({code}), see {self._directory / LOG_NAME}"
+            self._progress = replace(
+                self._progress, error=f"the tracker died ({code}), see {self._directory / LOG_NAME}"
             )
             pause_s = (
                 1.0
                 if time.monotonic() - started > _LONGEST_RESTART_S
                 else min(2 * pause_s, _LONGEST_RESTART_S)
             )
-            self._fail_asked("the tracker died")
-            await asyncio.sleep(pause_s)
-            if self._finishing:
+            await self._pause(pause_s)
+            if self._stopping:
                 break
             await self._spawn()
-        self._fail_asked("the tracker has stopped")
-        self._progress = Progress(left=self._progress.left, error=self._progress.error, done=True)
+            await self._ask_again()
         self._ended.set()
+        self._progress = replace(self._progress, done=True)
+        self._fail_asked("the tracker has stopped")
+
+    async def _pause(self, pause_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), pause_s)
+
+    async def _ask_again(self) -> None:
+        for trial in list(self._asked):
+            await self._send({"do": "run", "trial": trial})
+        if self._asked_elsewhere is not None:
+            self._elsewhere = {}
+            await self._send({"do": "done_elsewhere"})
+        if self._finishing:
+            await self._send({"do": "finish"})
 
     def _heard(self, message: dict[str, object]) -> None:
+        self._spoke = True
         if "left" in message:
-            error = message["error"]
+            left, error, moved = message["left"], message["error"], message["moved"]
             self._progress = Progress(
-                left=int(str(message["left"])), error=None if error is None else str(error)
+                left=int(str(left)), error=None if error is None else str(error), moved=int(str(moved))
             )
+            return
+        if "elsewhere" in message:
+            self._heard_elsewhere(message)
             return
         for future in self._asked.pop(int(str(message["run"])), []):
             if future.done():
@@ -303,7 +374,19 @@ class TrackerProcess:
                 uri, run_id, experiment = (str(message[key]) for key in ("uri", "run_id", "experiment_id"))
                 future.set_result(RunRef(uri=uri, run_id=run_id, experiment_id=experiment))
 
+    def _heard_elsewhere(self, message: dict[str, Any]) -> None:
+        asked = self._asked_elsewhere
+        self._elsewhere |= {identity: Reused(**each) for identity, each in message["elsewhere"].items()}
+        if asked is None or asked.done() or message.get("more"):
+            return
+        if "error" in message:
+            asked.set_exception(TrackingError(message["error"]))
+        else:
+            asked.set_result(self._elsewhere)
+
     def _fail_asked(self, why: str) -> None:
+        if self._asked_elsewhere is not None and not self._asked_elsewhere.done():
+            self._asked_elsewhere.set_exception(TrackingError(why))
         for trial in list(self._asked):
             for future in self._asked.pop(trial):
                 if not future.done():

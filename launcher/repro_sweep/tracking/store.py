@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from repro_sweep.tracking.uri import ARTIFACTS, sqlite_path
 
 _METRICS_PER_BATCH = 1000
 _KEYS_PER_BATCH = 100
+_PAGE = 1000
 _BATCH_BYTES = 500_000  # MLflow refuses requests over 1 MB
 
 _REFUSALS = frozenset(
@@ -63,6 +65,17 @@ class FoundRun:
     artifact_uri: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """A run that has ended: its tags, the latest value of each metric, and when it ran (milliseconds UTC)."""
+
+    run_id: str
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    started_ms: int
+    ended_ms: int
+
+
 def prepare_environment(environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
     """Set what MLflow reads from the environment, before it is imported: no retries of its own, no telemetry."""
     environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
@@ -82,6 +95,10 @@ class Store:
         self._lock = threading.Lock()
         self._opened: Any = None
         self._stopping = False
+        self._moved = 0
+        self._moving_now: list[Path] = []
+        self._stored: set[str] = set()
+        self._counting = threading.Lock()
         self._transactions: SharedTransactions | None = None
         self._within = threading.local()
 
@@ -94,6 +111,34 @@ class Store:
     def parallel(self) -> int:
         """How many uploads at a time are of use."""
         return 1 if self.embedded else 4
+
+    @property
+    def moved(self) -> int:
+        """How much was sent: the bytes of files, as far as they were read, and the points."""
+        with self._counting:
+            moved, moving = self._moved, list(self._moving_now)
+        return moved + sum(map(_position, moving))
+
+    @contextlib.contextmanager
+    def _moving(self, target: str, file: Path, watched: Path) -> Iterator[None]:
+        """Count a file that is being sent; not when it is sent again, which may happen again and again."""
+        with self._counting:
+            again = target in self._stored
+            if not again:
+                self._moving_now.append(watched)
+        if again:
+            yield
+            return
+        moved = 0
+        try:
+            yield
+            with contextlib.suppress(OSError):
+                moved = file.stat().st_size
+            self._stored.add(target)
+        finally:
+            with self._counting:
+                self._moving_now.remove(watched)
+                self._moved += moved
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -142,6 +187,29 @@ class Store:
             found = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
             return [FoundRun(run_id=run.info.run_id, artifact_uri=run.info.artifact_uri) for run in found]
 
+    def finished_runs(self, tags: Mapping[str, str]) -> Iterator[FinishedRun]:
+        """The runs of all experiments that have ended well, with all these tags."""
+        from mlflow.entities import ViewType
+
+        conditions = ["attributes.status = 'FINISHED'"]
+        conditions += [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
+        with _mapped():
+            experiments = [
+                each.experiment_id for each in _pages(self._store().search_experiments, max_results=_PAGE)
+            ]
+            search = functools.partial(
+                self._store().search_runs, experiments, " and ".join(conditions), ViewType.ACTIVE_ONLY
+            )
+            for run in _pages(search, max_results=_PAGE) if experiments else ():
+                self._go_on()
+                yield FinishedRun(
+                    run_id=run.info.run_id,
+                    tags=run.data.tags,
+                    metrics=run.data.metrics,
+                    started_ms=run.info.start_time,
+                    ended_ms=run.info.end_time or run.info.start_time,
+                )
+
     def create_run(self, experiment: str, tags: Mapping[str, str], *, started_ms: int) -> FoundRun:
         """Create a run; it may exist twice afterwards if this fails and is repeated."""
         from mlflow.entities import RunTag
@@ -187,6 +255,9 @@ class Store:
                     params=[Param(key, value) for key, value in some_params],
                     tags=[RunTag(key, value) for key, value in some_tags],
                 )
+            if not self.embedded:  # there they are not stored yet
+                with self._counting:
+                    self._moved += len(some_points)
 
     def missing(self, run_id: str, points: Sequence[Point]) -> list[Point]:
         """Those of the points that the run does not have."""
@@ -231,7 +302,8 @@ class Store:
         parent, _, name = path.rpartition("/")
         try:
             folder = _local_folder(artifact_uri)
-            with _mapped():
+            watched = file if folder is None else _partial(folder / path)
+            with _mapped(), self._moving(f"{artifact_uri}/{path}", file, watched):
                 if folder is not None:
                     _copy(file, folder / path)
                 elif name == file.name:
@@ -340,6 +412,16 @@ def _training() -> list[Any]:
     return [ExperimentTag("mlflow.experimentKind", "custom_model_development")]
 
 
+def _pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(page_token=token, **options)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 @contextlib.contextmanager
 def _mapped() -> Iterator[None]:
     """Map every failure of MLflow, and of what is below it, to the three that callers know."""
@@ -388,9 +470,26 @@ def _local_folder(artifact_uri: str) -> Path | None:
     return Path(artifact_uri) if artifact_uri.startswith("/") else None
 
 
+def _position(file: Path) -> int:
+    """How far this process has read or written a file that it has open."""
+    furthest = 0
+    with contextlib.suppress(OSError):
+        name = str(file.resolve())
+        for entry in os.scandir("/proc/self/fd"):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                if os.readlink(entry.path) == name:  # noqa: PTH115  (as plain text)
+                    words = Path(f"/proc/self/fdinfo/{entry.name}").read_text().split()
+                    furthest = max(furthest, int(words[words.index("pos:") + 1]))
+    return furthest
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name[:200]}.partial")
+
+
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name[:200]}.partial")
+    partial = _partial(target)
     shutil.copyfile(source, partial)
     partial.replace(target)
 

@@ -27,6 +27,7 @@ from repro_sweep.worker.attempt import LOG_NAME, Run, failure
 from repro_sweep.worker.client import CoordinatorLostError
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.nursery import Nursery
+from repro_sweep.worker.wire import STACKS_SIGNAL
 
 __all__ = ["LOG_NAME", "Agent", "main"]
 
@@ -63,6 +64,7 @@ class Agent:
         signal.signal(signal.SIGTERM, lambda *_: self._stopping.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # inherited by trials until they are ready for it
         registered = self._join()
         if registered is None:
             return False
@@ -132,10 +134,10 @@ class Agent:
         """Stop what runs, deliver or keep what has ended, and go."""
         for run in list(self._running.values()):
             run.kill(FailureKind.CANCELLED)
-        if self._link.lost_for_s:
-            self._link.give_up()
         deadline = time.monotonic() + _END_S
         while self._running and time.monotonic() < deadline:
+            if self._link.lost_for_s:
+                self._link.give_up()
             time.sleep(0.02)
         if not self._link.lost_for_s:
             leave = threading.Thread(target=self._heartbeat, kwargs={"leaving": True}, daemon=True)

@@ -25,6 +25,7 @@ FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CHUNK = 1 << 18
 _DRAIN_S = 1.0
 _STACKS_S = 2.0
+_LONGEST_WAIT_S = 3600.0  # a limit may be infinite, a wait may not
 
 
 class Desk(Protocol):
@@ -123,7 +124,8 @@ class Run:
             deadline: float | None = None
             while selector.get_map():
                 due = self._look_at_limits(child) if deadline is None else deadline
-                ready = selector.select(None if due is None else max(0.0, due - time.monotonic()))
+                wait = None if due is None else min(_LONGEST_WAIT_S, max(0.0, due - time.monotonic()))
+                ready = selector.select(wait)
                 if deadline is not None and (not ready or time.monotonic() >= deadline):
                     return  # a process that outlived its trial holds the other end
                 for key, _ in ready:
@@ -222,6 +224,9 @@ def failure(kind: FailureKind, message: str) -> dict[str, Any]:
 def _ending(status: int | None) -> str:
     if status is None:
         return "its process ended for an unknown reason"
-    if status < 0:
+    if status >= 0:
+        return f"its process exited with status {status} before the task returned"
+    try:
         return f"killed by {signal.Signals(-status).name}"
-    return f"its process exited with status {status} before the task returned"
+    except ValueError:  # a real-time signal
+        return f"killed by signal {-status}"

@@ -30,11 +30,16 @@ class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str, timeout_s: float) -> None:
         super().__init__("localhost", timeout=timeout_s)
         self._path = path
+        self.busy = threading.Lock()
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+        try:
+            self.sock.connect(self._path)
+        except OSError:
+            self.close()
+            raise
 
 
 class Client:
@@ -97,15 +102,22 @@ class Client:
             if connection.sock is not None:
                 with contextlib.suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
+            with connection.busy:
+                connection.close()
 
     def _once(self, path: str, body: str) -> tuple[int, bytes]:
         connection: _UnixConnection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = self._local.connection = _UnixConnection(self._path, self._timeout_s)
+            connection = _UnixConnection(self._path, self._timeout_s)
+            connection.connect()
+            self._local.connection = connection
             self._open.add(connection)
-        connection.request("POST", path, body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        return response.status, response.read()
+            if self._closed:  # meanwhile: nobody would end this connection
+                raise ConnectionAbortedError("closed")
+        with connection.busy:
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
 
     def _drop(self) -> None:
         connection: _UnixConnection | None = getattr(self._local, "connection", None)

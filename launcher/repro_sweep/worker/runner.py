@@ -7,6 +7,7 @@ The result goes to the agent as one message before the process ends, so that a c
 from __future__ import annotations
 
 import atexit
+import errno
 import faulthandler
 import logging
 import math
@@ -40,6 +41,7 @@ from repro_sweep.worker.logs import JobLogging
 from repro_sweep.worker.wire import STACKS_SIGNAL
 
 _MESSAGE_LIMIT = 2000
+_LONGEST_CHAIN = 20
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
@@ -255,25 +257,45 @@ def _invalid(message: str, metrics: dict[str, float]) -> dict[str, Any]:
 
 
 def _kind(error: BaseException) -> FailureKind:
-    if isinstance(error, MemoryError):
-        return FailureKind.OUT_OF_MEMORY
-    text = str(error).lower() if isinstance(error, RuntimeError) else ""
-    if type(error).__name__ in ("OutOfMemoryError", "XlaRuntimeError") and "memory" in text:
-        return FailureKind.GPU_OUT_OF_MEMORY  # torch's and jax's own
-    if "defaultcpuallocator" in text and "memory" in text:
-        return FailureKind.OUT_OF_MEMORY  # torch's, for the host's memory
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return FailureKind.NODE_LOST  # the machine's fault
+    """The kind of what was raised, or of what that was raised from: ``hydra.utils.instantiate`` wraps exceptions."""
+    link: BaseException | None = error
+    for _ in range(_LONGEST_CHAIN):
+        if link is None:
+            break
+        kind = _own_kind(link)
+        if kind is not FailureKind.EXCEPTION:
+            return kind
+        link = link.__cause__
     return FailureKind.EXCEPTION
 
 
-def _one_line(error: BaseException) -> str:
-    """Type and first line of an exception; its ``str`` may itself fail."""
+def _own_kind(error: BaseException) -> FailureKind:
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        return FailureKind.OUT_OF_MEMORY
+    if number in FULL_DISK:
+        return FailureKind.NODE_LOST  # the machine's fault
+    text = _text(error).lower() if isinstance(error, RuntimeError) else ""
+    if "defaultcpuallocator" in text and "memory" in text:
+        return FailureKind.OUT_OF_MEMORY  # torch's, for the host's memory
+    if "out of memory" in text or "cublas_status_alloc_failed" in text:
+        return FailureKind.GPU_OUT_OF_MEMORY  # torch's and jax's
+    return FailureKind.EXCEPTION
+
+
+def _text(error: BaseException) -> str:
+    """The text of an exception; its ``str`` may itself fail."""
     try:
-        text = str(error).strip()
+        return str(error).strip()
     except Exception:  # noqa: BLE001  (user code)
-        text = "(its text cannot be had)"
-    text = text.encode("utf-8", "backslashreplace").decode()  # names of files may hold what no JSON can
+        return "(its text cannot be had)"
+
+
+def _one_line(error: BaseException) -> str:
+    """Type and first line of an exception."""
+    text = (
+        _text(error).encode("utf-8", "backslashreplace").decode()
+    )  # names of files may hold what no JSON can
     first = text.splitlines()[0] if text else ""
     if isinstance(error, DriftError | UserError):
         return first[:_MESSAGE_LIMIT]

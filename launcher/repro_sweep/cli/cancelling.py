@@ -1,0 +1,120 @@
+"""Stops a sweep or cancels trials of it, with its coordinator if it has one, else as its coordinator for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from repro_sweep import protocol, spool
+from repro_sweep.cli import contact
+from repro_sweep.coordinator import Coordinator
+from repro_sweep.errors import SweepError
+from repro_sweep.executors import base as executors
+from repro_sweep.executors.base import WorkerState
+from repro_sweep.lease import Holder, Lease
+from repro_sweep.ledger import Ledger
+from repro_sweep.records import Attempt, now
+from repro_sweep.server import Server
+from repro_sweep.states import FailureKind, TrialState
+
+_END_S = 120.0
+_KILL_S = 15.0
+_LOOK_S = 0.1
+
+
+def with_coordinator(directory: Path, holder: Holder, trials: tuple[int, ...] | None) -> bool:
+    """Let the coordinator do it; returns whether that has been done completely, within some time.
+
+    For trials that is when those that ran have ended, for the whole sweep when the coordinator has ended.
+
+    Raises:
+        SweepError: it cannot be reached, or does not answer.
+    """
+    contact.check_here(holder)
+    if not contact.ask_cancel(directory, holder, trials):
+        raise SweepError(
+            f"the sweep's coordinator, {holder.describe()}, does not answer; if it is stuck, end that process and try"
+            " again"
+        )
+    if trials is None:
+        return _until(lambda: not contact.is_alive(directory, holder), _END_S)
+    return _until(lambda: not _running(directory, trials), _KILL_S)
+
+
+def without_coordinator(directory: Path, trials: tuple[int, ...] | None) -> None:
+    """Do it as the sweep's coordinator for a moment: starts no worker and no trial.
+
+    Raises:
+        SweepError: another process has become its coordinator.
+        LedgerError: the ledger cannot be written.
+    """
+    ledger = Ledger.open(directory)
+    try:
+        lease = Lease.acquire(ledger, ledger.spec.name)
+    except BaseException:
+        ledger.close()
+        raise
+    coordinator = Coordinator(ledger.spec, ledger, None, lease)
+    coordinator.drain()
+    asyncio.run(_serve(coordinator, lease, directory, trials))
+
+
+async def _serve(
+    coordinator: Coordinator, lease: Lease, directory: Path, trials: tuple[int, ...] | None
+) -> None:
+    server = Server(coordinator)
+    try:
+        await server.start()
+        lease.announce(server.path)
+        if trials is None:
+            coordinator.stop()
+            await coordinator.run(executors.create(coordinator.spec, server.path))
+        else:
+            await _cancel(coordinator, directory, trials)
+    finally:
+        await server.stop()
+        await coordinator.close()
+
+
+async def _cancel(coordinator: Coordinator, directory: Path, trials: tuple[int, ...]) -> None:
+    """Cancel trials and leave all others alone: workers come, are told what to stop, and go on without us."""
+    for kept in spool.results(directory):
+        await coordinator.finish(kept)
+        spool.drop_result(directory, kept.worker, kept.attempt)
+    await coordinator.cancel(protocol.Cancel(trials=trials))
+    workers = executors.create(coordinator.spec)
+    deadline = time.monotonic() + _KILL_S
+    while left := _running(directory, trials):
+        status = workers.poll()
+        for attempt in left:
+            found = status.get(attempt.worker)
+            if time.monotonic() > deadline or found is None or found.state is WorkerState.ENDED:
+                await coordinator.finish(_stopped(attempt))
+        await asyncio.sleep(_LOOK_S)
+
+
+def _stopped(attempt: Attempt) -> protocol.Finish:
+    """What a worker that is gone would have said. If it is not, it will be told to stop the attempt."""
+    return protocol.Finish(
+        worker=attempt.worker, attempt=attempt.id, state=TrialState.FAIL, kind=FailureKind.CANCELLED,
+        message="stopped", ended_at=now(),
+    )  # fmt: skip
+
+
+def _running(directory: Path, trials: Sequence[int]) -> list[Attempt]:
+    ledger = Ledger.open(directory, readonly=True)
+    try:
+        return [attempt for attempt in ledger.open_attempts() if attempt.trial in trials]
+    finally:
+        ledger.close()
+
+
+def _until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_S)
+    return True
