@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: sweep test lint format bench clean
+.PHONY: sweep test lint format bench faults clean
 
 sweep: $(VENV)/.ready
 	$(BIN)/repro-sweep +sweep=optimizer_grid
@@ -24,6 +24,9 @@ format: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks --output docs/benchmarks.md
+
+faults: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/faults --long --figures docs/reliability.md
 
 clean:
 	rm -rf $(VENV) multirun mlflow.db mlartifacts outputs

@@ -17,8 +17,9 @@ from textwrap import dedent
 from typing import Self
 
 from repro_sweep.ledger import Ledger
-from repro_sweep.records import Attempt, Trial
-from repro_sweep.states import TrialState
+from repro_sweep.records import Attempt, NewTrial, Outcome, Trial
+from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.sweep import Composition, Limits, Origin, Resources, SweepSpec, TaskSpec, Tracking
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("repro-sweep")
 TIMEOUT_S = 120.0
@@ -197,6 +198,55 @@ class Running:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+def a_spec(directory: Path, **changes: object) -> SweepSpec:
+    """The record of a sweep that nobody will run."""
+    spec = SweepSpec(
+        sweep_id="id", name="unit", directory=str(directory), task=TaskSpec(module="m", qualname="f", cwd="/"),
+        composition=Composition(
+            config_name="config", search_path=(), hydra_overrides=(), job_name="m", version_base="1.3"
+        ),
+        resources=Resources(), tracking=Tracking(uri="sqlite:////tmp/mlflow.db", experiment="unit"),
+        origin=Origin(user="u", host="h", command="c"), metric="score", direction=Direction.MAXIMIZE,
+        executor_name="local", executor={}, sampler="grid", max_failures=None, log_limit_mb=1.0, created_at=0.0,
+        limits=Limits(retries={FailureKind.NODE_LOST: 10}),
+    )  # fmt: skip
+    return spec.model_copy(update=changes)
+
+
+def a_ledger(directory: Path, spec: SweepSpec | None = None) -> Ledger:
+    """A ledger with three waiting trials."""
+    made = Ledger.create(directory, spec or a_spec(directory))
+    made.add_trials(new_trial(number) for number in range(3))
+    made.commit()
+    return made
+
+
+def new_trial(number: int) -> NewTrial:
+    """A trial to record."""
+    return NewTrial(
+        number=number, identity=f"identity-{number}", directory=f"trials/{number}", overrides=(f"x={number}",),
+        params={"x": number}, repeat={"seed": 0}, config=f"x: {number}\n",
+    )  # fmt: skip
+
+
+def attempt(number: int, ident: str = "a", *, ordinal: int = 0) -> Attempt:
+    """A started attempt of a trial."""
+    return Attempt(
+        id=ident, trial=number, ordinal=ordinal, worker="w", slot=0, host="h", state=TrialState.RUNNING, kind=None,
+        message=None, metrics={}, started_at=1.0, ended_at=None,
+    )  # fmt: skip
+
+
+def complete(**metrics: float) -> Outcome:
+    """A good end."""
+    return Outcome(state=TrialState.COMPLETE, metrics=metrics, ended_at=2.0)
+
+
+def failed(kind: FailureKind = FailureKind.EXCEPTION) -> Outcome:
+    """A bad end."""
+    return Outcome(state=TrialState.FAIL, kind=kind, message="why", metrics={}, ended_at=2.0)
 
 
 def kill_all(processes: Mapping[int, str]) -> None:

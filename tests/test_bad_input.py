@@ -157,6 +157,16 @@ CASES = {
     "memory that is not there": Bad((GOOD, "sweep.resources.mem_gb_per_trial=1e6"), ("mem_gb_per_trial",)),
     "no memory": Bad((GOOD, "sweep.resources.mem_gb_per_trial=0"), ("mem_gb_per_trial", "0")),
     "negative max_failures": Bad((GOOD, "sweep.max_failures=-1"), ("sweep.max_failures", "-1")),
+    "negative retries": Bad((GOOD, "sweep.retries.CRASH=-1"), ("sweep.retries.CRASH", "-1")),
+    "retries that are no number": Bad((GOOD, "sweep.retries.CRASH=often"), ("retries.CRASH", "often")),
+    "retries of an unknown kind": Bad((GOOD, "sweep.retries.BAD_LUCK=1"), ("BAD_LUCK",)),
+    "retries of a cancelled trial": Bad((GOOD, "sweep.retries.CANCELLED=1"), ("CANCELLED",)),
+    "retries of an unknown kind in the file": Bad((MINE,), ("BAD_LUCK",), sweep_file(retries="{BAD_LUCK: 1}")),
+    "no time for a trial": Bad((GOOD, "sweep.trial_timeout_min=0"), ("sweep.trial_timeout_min", "0")),
+    "negative time for a report": Bad((GOOD, "sweep.stall_timeout_min=-1"), ("sweep.stall_timeout_min", "-1")),
+    "no time for orphans": Bad((GOOD, "sweep.orphan_timeout_min=0"), ("sweep.orphan_timeout_min", "0")),
+    "negative free space": Bad((GOOD, "sweep.min_free_mb=-1"), ("sweep.min_free_mb", "-1")),
+    "time that is no number": Bad((GOOD, "sweep.trial_timeout_min=nan"), ("sweep.trial_timeout_min", "nan")),
     "single run": Bad((GOOD, "--run"), ("--run",)),
 }  # fmt: skip
 

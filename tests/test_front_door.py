@@ -201,7 +201,7 @@ def test_what_a_sweep_writes_only_its_user_can_read(study: SimpleNamespace) -> N
     """The ledger holds configs, the coordinator's file a way to it."""
     directory = study.edited.sweep.directory
     assert directory.stat().st_mode & 0o077 == 0
-    for name in ("ledger.db", "coordinator.json"):
+    for name in ("ledger.db", "coordinator.lock"):
         assert (directory / name).stat().st_mode & 0o077 == 0
 
 

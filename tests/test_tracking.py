@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import json
 import math
@@ -53,7 +52,7 @@ from repro_sweep.tracking.base import Progress
 from repro_sweep.tracking.encoding import Curve, Point, params_of, safe_key
 from repro_sweep.tracking.mlflow import MlflowTracker, check_writable, resolve_uri
 from repro_sweep.tracking.process import TrackerProcess
-from repro_sweep.tracking.sent import Codes, SentLog, Session
+from repro_sweep.tracking.sent import SentLog
 from repro_sweep.tracking.store import Store, artifact_name, batches, prepare_environment
 
 pytestmark = pytest.mark.filterwarnings(
@@ -736,38 +735,6 @@ def test_a_run_names_the_code_that_its_latest_attempt_ran_with_however_late_it_r
     end(ledger, 3, late, {"accuracy": 1.0}, at=now + 1)  # its worker has outlived its coordinator
     drain(sweep)
     assert [run.data.tags["repro_sweep.code"] for run in runs_of(uri)] == ["c1", "c1", "c2", "c1"]
-    lease.drop()
-
-
-def test_the_code_of_attempts_that_an_unseen_coordinator_may_have_started_is_not_known() -> None:
-    codes = Codes().begin(Session(1, 0.0, -1, "c1")).begin(Session(2, 100.0, 5, "c1"))
-    assert codes.sessions == (Session(2, 0.0, -1, "c1"),)
-    assert codes.begin(Session(2, 100.0, 5, "c2")) == codes  # the same coordinator's next tracker
-    seen = codes.begin(Session(3, 200.0, 9, "c2"))
-    unseen = codes.begin(Session(4, 200.0, 9, "c2"))
-    attempt = Attempt(
-        id="a", trial=0, ordinal=0, worker="w", slot=0, host="h", state=TrialState.COMPLETE, kind=None, message=None,
-        metrics={}, started_at=50.0, ended_at=60.0,
-    )  # fmt: skip
-    trial = Trial(
-        number=0, identity="i", directory="d", overrides=(), params={}, repeat={}, config="",
-        state=TrialState.COMPLETE, attempt="a", change=7,
-    )  # fmt: skip
-    late = dataclasses.replace(attempt, started_at=250.0)
-    assert [seen.of(trial, each) for each in (None, attempt, late)] == ["", "c1", "c2"]
-    assert [unseen.of(trial, each) for each in (None, attempt, late)] == ["", "", "c2"]
-    reused = dataclasses.replace(trial, reused="run")
-    assert seen.of(reused, late) == "c1"  # its attempt has the times of the other run
-    assert seen.of(dataclasses.replace(reused, change=12), attempt) == "c2"
-
-
-def test_where_nobody_saw_with_which_code_a_trial_ran_its_run_names_none(sweep: Path, uri: str) -> None:
-    ledger, lease = next_coordinator(make_ledger(sweep, uri, code="c1"))
-    add_trial(ledger, 0)
-    end(ledger, 0, start(ledger, 0, at=time.time()), {"accuracy": 1.0})
-    ledger, lease = next_coordinator(ledger, lease)
-    drain(sweep)
-    assert runs_of(uri)[0].data.tags.get("repro_sweep.code", "") == ""
     lease.drop()
 
 

@@ -97,6 +97,14 @@ def unprintable():
     raise Unprintable()
 
 
+class UnprintableRuntimeError(RuntimeError):
+    __str__ = __repr__ = Unprintable.__str__
+
+
+def unprintable_too():
+    raise UnprintableRuntimeError()
+
+
 def not_an_exception():
     raise KeyboardInterrupt
 
@@ -190,6 +198,17 @@ def reports_from_threads():
     return 1.0
 
 
+def reports_from_processes():
+    for start in (0, 10):
+        repro_sweep.report(start, score=start)
+        if os.fork() == 0:
+            for step in range(start + 1, start + 10):
+                repro_sweep.report(step, score=step)
+            os._exit(0)
+        os.wait()
+    return 1.0
+
+
 def flood():
     print("the first line")
     block = b"x" * 999_999 + b"\\n"
@@ -253,6 +272,7 @@ FATES = {
     "exception": (FailureKind.EXCEPTION, "ValueError: first line"),
     "unpicklable": (FailureKind.EXCEPTION, "Unpicklable: cannot be pickled"),
     "unprintable": (FailureKind.EXCEPTION, "Unprintable: (its text cannot be had)"),
+    "unprintable_too": (FailureKind.EXCEPTION, "UnprintableRuntimeError: (its text cannot be had)"),
     "not_an_exception": (FailureKind.EXCEPTION, "KeyboardInterrupt"),
     "system_exit": (FailureKind.EXCEPTION, "SystemExit: left early"),
     "system_exit_without_error": (FailureKind.EXCEPTION, "SystemExit: 0"),
@@ -275,8 +295,8 @@ FATES = {
 }
 LUCKY = (
     "together1", "together2", "together3", "together4", "good1", "good2", "infinite", "scalars", "reports",
-    "only_reports", "reports_from_threads", "flood", "bytes_", "leaves_a_child", "leaves_a_session", "daemon_thread",
-    "subprocesses", "at_exit", "folders", "stdin",
+    "only_reports", "reports_from_threads", "reports_from_processes", "flood", "bytes_", "leaves_a_child",
+    "leaves_a_session", "daemon_thread", "subprocesses", "at_exit", "folders", "stdin",
 )  # fmt: skip
 
 
@@ -293,6 +313,7 @@ def zoo(make_shared_project: MakeProject) -> SimpleNamespace:
     project = make_shared_project(sweep)
     result = project.run(
         "+sweep=zoo", "sweep.executor.slots=4", "sweep.resources.gpus_per_trial=0.5", "sweep.log_limit_mb=1",
+        "sweep.retries.CRASH=0", "sweep.retries.OUT_OF_MEMORY=0",
         env={"CUDA_VISIBLE_DEVICES": "0,1"},
     )  # fmt: skip
     left = project.processes()
@@ -402,6 +423,7 @@ def test_reports_are_recorded_with_their_steps_and_times(zoo: SimpleNamespace) -
     ledger = Ledger.open(zoo.sweep.directory, readonly=True)
     reports = ledger.reports(trial=zoo.by["reports"].number)
     threads = ledger.reports(trial=zoo.by["reports_from_threads"].number)
+    processes = ledger.reports(trial=zoo.by["reports_from_processes"].number)
     ledger.close()
     assert [(report.step, report.metrics) for report in reports[:5]] == [
         (step, {"score": step / 10, "loss": 1 / (step + 1)}) for step in range(5)
@@ -414,6 +436,7 @@ def test_reports_are_recorded_with_their_steps_and_times(zoo: SimpleNamespace) -
     assert attempt.started_at <= times[0]
     assert times[-1] <= (attempt.ended_at or 0)
     assert sorted(report.step for report in threads) == list(range(20))
+    assert [report.step for report in processes] == list(range(20))
 
 
 def test_the_returned_metrics_are_final_and_the_last_reported_ones_complete_them(

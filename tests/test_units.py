@@ -1,4 +1,4 @@
-"""The parts on their own: slots, ledger, group commit, meter, log, task, numbers, names, imports, errors."""
+"""The parts on their own: slots, ledger, group commit, handing out, meter, log, task, numbers, imports, errors."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import environment
+from helpers import a_ledger, a_spec, attempt, complete, environment, failed
 
 import repro_sweep
 from repro_sweep import coordinator as coordinator_module
-from repro_sweep import errors, machine, protocol, task
+from repro_sweep import errors, machine, protocol, retries, task
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.errors import LedgerError, SweepError, TaskError
 from repro_sweep.executors.base import Executor, WorkerState, WorkerStatus
+from repro_sweep.handout import Handout
 from repro_sweep.journal import Journal
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Meter
-from repro_sweep.records import Attempt, NewReport, NewTrial, Outcome
+from repro_sweep.records import NewReport, NewTrial
 from repro_sweep.states import Direction, FailureKind, TrialState
-from repro_sweep.sweep import Composition, Limits, Origin, Resources, SweepSpec, TaskSpec, Tracking
+from repro_sweep.sweep import Resources, SweepSpec, TaskSpec
 from repro_sweep.worker import trial
 from repro_sweep.worker.output import CappedLog
 
@@ -107,47 +108,15 @@ def test_the_gpus_of_a_machine_are_those_that_cuda_visible_devices_leaves(
 @pytest.fixture
 def spec(tmp_path: Path) -> SweepSpec:
     """A sweep's record."""
-    return SweepSpec(
-        sweep_id="id", name="unit", directory=str(tmp_path), task=TaskSpec(module="m", qualname="f", cwd="/"),
-        composition=Composition(
-            config_name="config", search_path=(), hydra_overrides=(), job_name="m", version_base="1.3"
-        ),
-        resources=Resources(), tracking=Tracking(uri="sqlite:////tmp/mlflow.db", experiment="unit"),
-        origin=Origin(user="u", host="h", command="c"), metric="score", direction=Direction.MAXIMIZE,
-        executor_name="local", executor={}, sampler="grid", max_failures=None, log_limit_mb=1.0, created_at=0.0,
-        limits=Limits(retries={FailureKind.NODE_LOST: 10}),
-    )  # fmt: skip
+    return a_spec(tmp_path)
 
 
 @pytest.fixture
 def ledger(tmp_path: Path, spec: SweepSpec) -> Iterator[Ledger]:
     """A ledger with three waiting trials."""
-    made = Ledger.create(tmp_path, spec)
-    made.add_trials(new_trial(number) for number in range(3))
-    made.commit()
+    made = a_ledger(tmp_path, spec)
     yield made
     made.close()
-
-
-def new_trial(number: int) -> NewTrial:
-    """A trial to record."""
-    return NewTrial(
-        number=number, identity=f"identity-{number}", directory=f"trials/{number}", overrides=(f"x={number}",),
-        params={"x": number}, repeat={"seed": 0}, config=f"x: {number}\n",
-    )  # fmt: skip
-
-
-def attempt(number: int, ident: str = "a") -> Attempt:
-    """A started attempt of a trial."""
-    return Attempt(
-        id=ident, trial=number, ordinal=0, worker="w", slot=0, host="h", state=TrialState.RUNNING, kind=None,
-        message=None, metrics={}, started_at=1.0, ended_at=None,
-    )  # fmt: skip
-
-
-def complete(**metrics: float) -> Outcome:
-    """A good end."""
-    return Outcome(state=TrialState.COMPLETE, metrics=metrics, ended_at=2.0)
 
 
 def test_a_ledger_gives_back_what_was_recorded(ledger: Ledger, spec: SweepSpec) -> None:
@@ -482,6 +451,115 @@ def test_the_best_trial_so_far_follows_the_sweep_s_direction(ledger: Ledger, spe
 
     coordinate(spec.model_copy(update={"direction": Direction.MINIMIZE}), ledger, worker)
     assert seen == [None, (1, 0.5), (2, 0.25)]
+
+
+# --- handing out ---------------------------------------------------------------------------------------------
+
+GPU_A, GPU_B = ("w", ("0",)), ("w", ("1",))
+
+
+def test_trials_are_handed_out_in_their_order_and_the_urgent_ones_first() -> None:
+    """Until none is left."""
+    handout = Handout([0, 1])
+    handout.add(2)
+    handout.add(3, first=True)
+    assert len(handout) == 4
+    assert [handout.take(GPU_A) for _ in range(5)] == [3, 0, 1, 2, None]
+    assert len(handout) == 0
+
+
+def test_a_trial_that_must_be_alone_gets_its_gpu_when_all_others_have_ended_there() -> None:
+    """Meanwhile that gets no other trial; other GPUs do; when it has ended, all goes on as before."""
+    handout = Handout(range(6))
+    assert [handout.take(GPU_A) for _ in range(2)] == [0, 1]
+    handout.add(9, alone=True)
+    handout.release(GPU_A, 0)
+    assert handout.take(GPU_A) is None
+    assert handout.take(GPU_B) == 2
+    assert len(handout) == 4
+    handout.release(GPU_A, 1)
+    assert handout.take(GPU_A) == 9
+    assert len(handout) == 3
+    assert handout.take(GPU_A) is None
+    assert handout.take(GPU_B) == 3
+    handout.release(GPU_A, 9)
+    assert [handout.take(GPU_A) for _ in range(3)] == [4, 5, None]
+
+
+def test_two_trials_that_must_be_alone_get_a_gpu_each_or_one_after_the_other() -> None:
+    """A trial that an earlier coordinator has handed out is beside them too."""
+    handout = Handout()
+    handout.occupy(GPU_A)
+    for number in (1, 2, 3):
+        handout.add(number, alone=True)
+    assert handout.take(GPU_A) is None
+    assert handout.take(GPU_B) == 2
+    handout.release(GPU_A, 7)
+    assert handout.take(GPU_A) == 1
+    handout.release(GPU_B, 2)
+    assert handout.take(GPU_B) == 3
+
+
+def test_a_trial_that_waits_to_be_alone_on_a_worker_that_is_lost_waits_for_another() -> None:
+    """One that ran there is its coordinator's to add again."""
+    handout = Handout()
+    handout.occupy(GPU_A)
+    handout.add(1, alone=True)
+    handout.add(2, alone=True)
+    assert handout.take(GPU_A) is None
+    assert handout.take(GPU_B) == 2
+    handout.forget("w")
+    assert len(handout) == 1
+    assert handout.take(("v", ("0",))) == 1
+    assert handout.take(GPU_A) is None
+    handout.add(3)
+    assert handout.take(GPU_A) == 3
+
+
+def test_a_trial_that_is_cancelled_waits_no_more_and_keeps_no_gpu_from_others() -> None:
+    """Wherever it waited; one that runs is not among them."""
+    handout = Handout([0, 1])
+    handout.occupy(GPU_A)
+    for number in (2, 3):
+        handout.add(number, alone=True)
+    assert handout.take(GPU_A) is None
+    assert handout.take(GPU_B) == 3
+    assert handout.discard([1, 2, 3, 8]) == {1, 2}
+    assert len(handout) == 1
+    assert handout.take(GPU_B) is None
+    assert handout.take(GPU_A) == 0
+
+
+POLICY = {FailureKind.CRASH: 1, FailureKind.PREEMPTED: None, FailureKind.EXCEPTION: 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "past", "again"),
+    [
+        (FailureKind.CRASH, [], True),
+        (FailureKind.CRASH, [FailureKind.CRASH], False),
+        (FailureKind.CRASH, [FailureKind.PREEMPTED, FailureKind.EXCEPTION], True),
+        (FailureKind.PREEMPTED, [FailureKind.PREEMPTED] * 1000, True),
+        (FailureKind.EXCEPTION, [], False),
+        (FailureKind.STALLED, [], False),
+        (None, [], False),
+    ],
+)
+def test_a_trial_is_tried_again_as_often_as_its_sweep_says_for_the_kind_of_its_failure(
+    kind: FailureKind | None, past: list[FailureKind], again: bool
+) -> None:
+    """Failures of another kind do not count, and a kind that is not named has no retries."""
+    assert retries.tries_again(POLICY, kind, past) is again
+
+
+def test_only_failures_since_the_user_has_started_a_trial_again_count_for_its_retries(ledger: Ledger) -> None:
+    """Successes never do."""
+    for ordinal in range(2):
+        ledger.start_attempt(attempt(0, f"a{ordinal}", ordinal=ordinal))
+        ledger.finish_attempt(f"a{ordinal}", failed(FailureKind.CRASH), again=ordinal == 0)
+    assert retries.past_failures(ledger.trial(0), ledger.attempts(0)) == [FailureKind.CRASH] * 2
+    ledger.requeue([0])
+    assert retries.past_failures(ledger.trial(0), ledger.attempts(0)) == []
 
 
 # --- how busy the slots were ---------------------------------------------------------------------------------

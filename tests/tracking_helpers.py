@@ -136,6 +136,7 @@ def start(ledger: Ledger, number: int, *, ordinal: int = 0, at: float = START, h
             metrics={},
             started_at=at,
             ended_at=None,
+            code=ledger.spec.code,
         )
     )
     ledger.commit()

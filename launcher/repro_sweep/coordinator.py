@@ -356,13 +356,14 @@ class Coordinator:
 
     async def _commit_start(self, number: int, worker: _Worker, claim: protocol.Claim) -> protocol.Assignment:
         group = worker.group(claim.worker, claim.slot)
+        alone = self._handout.is_alone(number)
         started_at = now()
 
         def change(ledger: Ledger) -> protocol.Assignment:
             attempt = Attempt(
                 id=claim.attempt, trial=number, ordinal=len(ledger.attempts(number)), worker=claim.worker,
                 slot=claim.slot, host=worker.host, state=TrialState.RUNNING, kind=None, message=None, metrics={},
-                started_at=started_at, ended_at=None,
+                started_at=started_at, ended_at=None, code=self.spec.code,
             )  # fmt: skip
             ledger.start_attempt(attempt)
             return self._assignment(ledger, attempt)
@@ -371,7 +372,7 @@ class Coordinator:
             assignment = await self._write(change)
         except BaseException:
             self._handout.release(group, number)
-            self._handout.add(number, first=True)
+            self._handout.add(number, first=True, alone=alone)
             raise
         self._running[claim.attempt] = _Running(
             number, claim.worker, claim.slot, group, assignment, time.monotonic()
@@ -394,7 +395,7 @@ class Coordinator:
         waiting = [trial for trial in ledger.trials(states=[TrialState.WAITING]) if trial.identity in found]
         taken = [(trial.number, found[trial.identity]) for trial in waiting if trial.number in self._tally]
         for number, value in taken:
-            ledger.reuse(number, value)
+            ledger.reuse(number, value, self.spec.code)
         return taken
 
     # --- ends ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from repro_sweep import retries
@@ -53,16 +54,16 @@ def record(
     trial = ledger.trial(found.trial)
     of_user = outcome.state is TrialState.FAIL and trial.cancelled
     outcome = _attributed(outcome, of_user=of_user, stopping=stopping)
+    past = retries.past_failures(trial, ledger.attempts(trial.number)) if outcome.kind is not None else []
     if of_user:
         again = False
     elif outcome.kind is FailureKind.CANCELLED:
         again = True
     else:
-        past = retries.past_failures(trial, ledger.attempts(trial.number))
         again = retries.tries_again(spec.limits.retries, outcome.kind, past)
     ledger.add_reports(attempt, reports)
     ledger.finish_attempt(attempt, outcome, again=again, cancelled=of_user)
-    return Ending(accepted=True, outcome=outcome, again=again, alone=outcome.kind in retries.ALONE)
+    return Ending(accepted=True, outcome=outcome, again=again, alone=_needs_room([*past, outcome.kind]))
 
 
 def _attributed(outcome: Outcome, *, of_user: bool, stopping: bool) -> Outcome:
@@ -76,5 +77,8 @@ def _attributed(outcome: Outcome, *, of_user: bool, stopping: bool) -> Outcome:
 
 def must_be_alone(ledger: Ledger, number: int) -> bool:
     """Whether a waiting trial has run out of memory and is to have its GPU for itself."""
-    past = retries.past_failures(ledger.trial(number), ledger.attempts(number))
-    return bool(past) and past[-1] in retries.ALONE
+    return _needs_room(retries.past_failures(ledger.trial(number), ledger.attempts(number)))
+
+
+def _needs_room(failures: Sequence[FailureKind | None]) -> bool:
+    return any(kind in retries.ALONE for kind in failures)

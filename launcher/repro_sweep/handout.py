@@ -62,13 +62,18 @@ class Handout:
         self._busy[group] += 1
         return number
 
+    def is_alone(self, number: int) -> bool:
+        """Whether a trial that was handed out has its group for itself."""
+        return number in self._started
+
     def occupy(self, group: Group) -> None:
         """A slot of a group is busy with a trial that was handed out before."""
         self._busy[group] += 1
 
     def release(self, group: Group, number: int) -> None:
         """A slot of a group has ended its trial."""
-        self._busy[group] -= 1
+        if self._busy[group] > 0:  # its worker may have been forgotten
+            self._busy[group] -= 1
         if self._reserved.get(group) == number:
             del self._reserved[group]
             self._started.discard(number)

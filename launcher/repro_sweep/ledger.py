@@ -70,7 +70,8 @@ CREATE TABLE attempts (
     metrics    TEXT,
     started_at REAL NOT NULL,
     ended_at   REAL,
-    reports    INTEGER NOT NULL DEFAULT 0
+    reports    INTEGER NOT NULL DEFAULT 0,
+    code       TEXT NOT NULL
 ) STRICT;
 CREATE INDEX attempts_trial ON attempts (trial, ordinal);
 CREATE INDEX attempts_open ON attempts (id) WHERE state = 'RUNNING';
@@ -225,9 +226,9 @@ class Ledger:
         """
         row = (attempt.id, attempt.trial, attempt.ordinal, attempt.worker, attempt.slot, attempt.host)
         self._execute(
-            "INSERT INTO attempts (id, trial, ordinal, worker, slot, host, state, started_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (*row, attempt.state, attempt.started_at),
+            "INSERT INTO attempts (id, trial, ordinal, worker, slot, host, state, started_at, code)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*row, attempt.state, attempt.started_at, attempt.code),
         )
         moved = self._execute(
             "UPDATE trials SET state = ?, attempt = ?, change = ? WHERE number = ? AND state = ?",
@@ -237,7 +238,7 @@ class Ledger:
             raise LedgerError(f"{self.path}: trial {attempt.trial} does not wait")
 
     def add_reports(self, attempt: str, reports: Sequence[NewReport]) -> bool:
-        """Record reports of a running attempt, each once.
+        """Record reports of a running attempt, each once: those with a number that is larger than all before.
 
         Returns:
             False where the attempt has ended without some of them: they are not recorded.
@@ -253,8 +254,8 @@ class Ledger:
         trial, ordinal, taken, _ = found
         rows = []
         for report in reports:
-            if report.seq == taken:
-                taken += 1
+            if report.seq >= taken:
+                taken = report.seq + 1
                 rows.append((trial, attempt, report.step, report.time, json.dumps(dict(report.metrics))))
         try:
             if ordinal == 0:
@@ -310,11 +311,12 @@ class Ledger:
             (text, attempt, text),
         )
 
-    def reuse(self, number: int, found: Reused) -> None:
-        """Record another sweep's result as that of a waiting trial."""
+    def reuse(self, number: int, found: Reused, code: str) -> None:
+        """Record another sweep's result, found with the same code, as that of a waiting trial."""
         attempt = Attempt(
             id=uuid.uuid4().hex, trial=number, ordinal=len(self.attempts(number)), worker="", slot=0, host=found.host,
             state=TrialState.RUNNING, kind=None, message=None, metrics={}, started_at=found.started_at, ended_at=None,
+            code=code,
         )  # fmt: skip
         self.start_attempt(attempt)
         outcome = Outcome(

@@ -31,8 +31,9 @@ class Failure:
 class Progress:
     """A picture of a sweep.
 
-    ``counts`` has cancelled trials among the failed ones. ``busy`` is the share of slot time in use since the first start, from 0 to 1. ``paused`` says why nothing is handed
-    out now; ``retried`` counts the attempts that were made again.
+    ``counts`` has cancelled trials among the failed ones. ``busy`` is the share of slot time in use since the first
+    start, from 0 to 1. ``paused`` says why nothing is handed out now; ``retried`` counts the attempts that were made
+    again.
     """
 
     name: str

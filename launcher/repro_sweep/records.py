@@ -58,7 +58,8 @@ class Trial:
 class Attempt:
     """One execution of a trial.
 
-    Times are seconds UTC; ``metrics`` are the final ones; ``reports`` counts those that were taken.
+    Times are seconds UTC; ``metrics`` are the final ones; ``reports`` is the number that the next one has; ``code`` is the
+    fingerprint of the project's code that it ran with.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Attempt:
     started_at: float
     ended_at: float | None
     reports: int = 0
+    code: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,7 @@ TRIAL_COLUMNS = (
 )
 ATTEMPT_COLUMNS = (
     "id, trial, ordinal, worker, slot, host, state, kind, message, metrics, started_at, ended_at, reports"
+    ", code"
 )
 
 
@@ -157,21 +160,8 @@ def trial_of(row: tuple[Any, ...]) -> Trial:
 
 def attempt_of(row: tuple[Any, ...]) -> Attempt:
     """An attempt from its row."""
-    (
-        ident,
-        trial,
-        ordinal,
-        worker,
-        slot,
-        host,
-        state,
-        kind,
-        message,
-        metrics,
-        started_at,
-        ended_at,
-        reports,
-    ) = row
+    ident, trial, ordinal, worker, slot, host, state, kind, message, metrics, started_at, *rest = row
+    ended_at, reports, code = rest
     return Attempt(
         id=ident,
         trial=trial,
@@ -186,6 +176,7 @@ def attempt_of(row: tuple[Any, ...]) -> Attempt:
         started_at=started_at,
         ended_at=ended_at,
         reports=reports,
+        code=code,
     )
 
 

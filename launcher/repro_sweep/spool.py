@@ -8,9 +8,11 @@ checkpoint was made after is known even if the trial and its worker die at that 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from repro_sweep.records import NewReport
 
 _RESULTS = "results"
 _SYNC_EVERY_S = 1.0
+_NUMBER = struct.Struct("q")
 
 log = logging.getLogger(__name__)
 
@@ -115,11 +118,22 @@ class ReportLog:
         self._path = _reports_path(trial, attempt)
         self._fd: int | None = None
         self._synced = float("-inf")
-        self._next = 0
+        self._shared = os.memfd_create("reports")  # the next number, for all processes that the trial forks
+        os.ftruncate(self._shared, _NUMBER.size)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep other processes of the trial from reporting meanwhile."""
+        fcntl.lockf(self._shared, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._shared, fcntl.LOCK_UN)
 
     def add(self, step: int, at: float, metrics: Mapping[str, float]) -> int:
         """Write one report; returns its number, from 0. What cannot be written (a full disk) is passed over."""
-        number, self._next = self._next, self._next + 1
+        number: int = _NUMBER.unpack(os.pread(self._shared, _NUMBER.size, 0))[0]
+        os.pwrite(self._shared, _NUMBER.pack(number + 1), 0)
         line = json.dumps([number, step, at, dict(metrics)]).encode() + b"\n"
         with contextlib.suppress(OSError):
             if self._fd is None:

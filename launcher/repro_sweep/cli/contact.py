@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from pathlib import Path
@@ -62,7 +63,8 @@ def _ask(directory: Path, holder: Holder, path: str, message: protocol.Message) 
     if address is None:
         return None
     try:
-        return Client(address, timeout_s=_TIMEOUT_S).exchange(path, message)
+        with contextlib.closing(Client(address, timeout_s=_TIMEOUT_S)) as client:
+            return client.exchange(path, message)
     except (CoordinatorLostError, ProtocolError):
         return None
 

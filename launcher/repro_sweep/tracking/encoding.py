@@ -235,7 +235,7 @@ def is_cancelled(trial: Trial) -> bool:
     return trial.cancelled and trial.state is TrialState.FAIL
 
 
-def state_tags(trial: Trial, attempts: Sequence[Attempt], code: str = "") -> dict[str, str]:
+def state_tags(trial: Trial, attempts: Sequence[Attempt]) -> dict[str, str]:
     """The tags of a trial's run that follow its state; an empty text where there is nothing to say.
 
     ``code`` is the fingerprint of the code that its latest attempt ran with.
@@ -253,7 +253,7 @@ def state_tags(trial: Trial, attempts: Sequence[Attempt], code: str = "") -> dic
         attempt_history=_history(attempts),
         failure_kind=kind,
         failure_message=shorten(message, _MESSAGE_LIMIT),
-        code=code,
+        code=latest.code if latest else "",
         reused_from=trial.reused or "",
         host=latest.host if latest else "",
         metrics=clean(metrics) if len(clean(metrics)) <= TAG_LIMIT else "",

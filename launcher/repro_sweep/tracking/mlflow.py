@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repro_sweep.errors import LedgerError
-from repro_sweep.lease import holder_of
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import Reused
 from repro_sweep.states import TrialState
 from repro_sweep.tracking import elsewhere
 from repro_sweep.tracking.base import Answer, AnswerElsewhere, Progress, RunRef, Tracker
-from repro_sweep.tracking.sent import SWEEP, Codes, Sent, SentLog, Session
+from repro_sweep.tracking.sent import SWEEP, Sent, SentLog
 from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, one_line
 from repro_sweep.tracking.upload import Place, SweepUpload, TrialUpload, Upload, load_work, perform
 from repro_sweep.tracking.uri import check_writable, resolve_uri
@@ -114,7 +113,6 @@ class MlflowTracker(Tracker):
         self._urgent = ThreadPoolExecutor(1, thread_name_prefix="tracking-urgent")
         self._searches = ThreadPoolExecutor(1, thread_name_prefix="tracking-search")
         self._forget_other_server()
-        self._codes = self._note_code()
         self._start_over()
 
     # --- the port -------------------------------------------------------------------------------------------
@@ -196,21 +194,6 @@ class MlflowTracker(Tracker):
             self._log.forget()
         self._log.set_meta(server=here)
         self._search_first = self._log.meta("search_first") == "1"
-
-    def _note_code(self) -> Codes:
-        """Remember from when on the sweep's attempts run with this code."""
-        codes = self._log.codes()
-        holder = holder_of(self._ledger)
-        if _epoch(self._ledger) != self._epoch:  # so the sweep's record may be another coordinator's
-            return codes
-        if self._epoch <= 1:  # nothing can have run before
-            codes = codes.begin(Session(1, 0.0, -1, self._spec.code))
-        elif holder is not None and holder.epoch == self._epoch:
-            change = max((change for _, change, _, _ in self._ledger.changes()), default=-1)
-            codes = codes.begin(Session(self._epoch, holder.since, change, self._spec.code))
-        if codes != self._log.codes():
-            self._log.set_codes(codes)
-        return codes
 
     def _start_over(self) -> None:
         """Compare the whole ledger with what was sent."""
@@ -337,7 +320,7 @@ class MlflowTracker(Tracker):
                 },
             )
         assert self._place is not None
-        work = load_work(self._ledger, self._spec, row, self._codes)
+        work = load_work(self._ledger, self._spec, row)
         if work.trial.state is TrialState.RUNNING:
             self._quiet_until[row.trial] = self._clock() + REPORTS_S
         else:

@@ -7,21 +7,18 @@ crash or a lost reply it is known for which trials the server must be asked what
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from repro_sweep.errors import LedgerError
-from repro_sweep.records import Attempt, Trial
 
 FILE_NAME = "tracking.db"
 LOCK_NAME = "tracking.lock"
 SWEEP = -1
 """Stands for the sweep's own run where a trial's number stands for a trial's run."""
-_CODES = "codes"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -61,54 +58,6 @@ class Sent:
         """Become equal to another one."""
         for field in fields(self):
             setattr(self, field.name, getattr(other, field.name))
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """From ``since`` (seconds UTC) on attempts start with ``code``; ``change`` was the ledger's last one before.
-
-    ``epoch`` is that of the coordinator, or of the latest one with the same code.
-    """
-
-    epoch: int
-    since: float
-    change: int
-    code: str
-
-
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """With which code the attempts of a sweep ran, as far as a tracker was there to see it.
-
-    A sweep may be started again with other code, and what ran before may reach the server only then.
-    """
-
-    sessions: tuple[Session, ...] = ()
-
-    def begin(self, session: Session) -> Codes:
-        """The same with another coordinator's session."""
-        if not self.sessions:
-            return Codes((session,))
-        *before, last = self.sessions
-        if last.epoch >= session.epoch:
-            return self
-        if (
-            last.epoch + 1 < session.epoch
-        ):  # one has come and gone unseen: nobody knows which attempts were its
-            return Codes((*self.sessions, replace(last, code=""), session))
-        if last.code == session.code:
-            return Codes((*before, replace(last, epoch=session.epoch)))
-        return Codes((*self.sessions, session))
-
-    def of(self, trial: Trial, latest: Attempt | None) -> str:
-        """The code of a trial's latest attempt; empty where it is not known, or there is none."""
-        if latest is None:
-            return ""
-        if trial.reused is not None:  # its attempt has the times of the run that it was taken from
-            codes = [each.code for each in self.sessions if each.change < trial.change]
-        else:
-            codes = [each.code for each in self.sessions if each.since <= latest.started_at]
-        return codes[-1] if codes else ""
 
 
 class SentLog:
@@ -157,16 +106,8 @@ class SentLog:
     def forget(self) -> None:
         """Drop everything about the server: it is another one, or has lost it."""
         self._db.execute("DELETE FROM sent")
-        self._db.execute("DELETE FROM meta WHERE key <> ?", (_CODES,))
+        self._db.execute("DELETE FROM meta")
         self._commit()
-
-    def codes(self) -> Codes:
-        """With which code the sweep's attempts ran."""
-        return Codes(tuple(Session(*each) for each in json.loads(self.meta(_CODES) or "[]")))
-
-    def set_codes(self, codes: Codes) -> None:
-        """Record with which code the sweep's attempts ran; durable."""
-        self.set_meta(**{_CODES: json.dumps([astuple(each) for each in codes.sessions])})
 
     def get(self, trial: int) -> Sent:
         """What is there of one trial."""

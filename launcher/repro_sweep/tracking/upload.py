@@ -22,7 +22,7 @@ from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking import encoding
 from repro_sweep.tracking.encoding import Curve, Point
-from repro_sweep.tracking.sent import Codes, Sent
+from repro_sweep.tracking.sent import Sent
 from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, artifact_name
 
 _REPORTS_AT_ONCE = 5000
@@ -49,7 +49,6 @@ class Work:
     seq: int
     final: list[Point]
     more: bool
-    code: str
 
     @property
     def latest(self) -> Attempt | None:
@@ -57,7 +56,7 @@ class Work:
         return self.attempts[-1] if self.attempts else None
 
 
-def load_work(ledger: Ledger, spec: SweepSpec, sent: Sent, codes: Codes) -> Work:
+def load_work(ledger: Ledger, spec: SweepSpec, sent: Sent) -> Work:
     """Read from the ledger what is new of a trial."""
     trial = ledger.trial(sent.trial)
     attempts = ledger.attempts(sent.trial)
@@ -79,10 +78,7 @@ def load_work(ledger: Ledger, spec: SweepSpec, sent: Sent, codes: Codes) -> Work
     ):
         final = _curve(ledger, trial.number).final(latest.metrics, latest.ended_at)
     seq = reports[-1].seq if reports else sent.seq
-    code = codes.of(trial, latest)
-    return Work(
-        spec=spec, trial=trial, attempts=attempts, points=points, seq=seq, final=final, more=more, code=code
-    )
+    return Work(spec=spec, trial=trial, attempts=attempts, points=points, seq=seq, final=final, more=more)
 
 
 def _curve(ledger: Ledger, number: int) -> Curve:
@@ -168,7 +164,7 @@ class TrialUpload(Upload):
         if self._doubt and points and not fresh:
             points = self._store.missing(sent.run_id, points)
         params = {} if sent.basics else encoding.params_of(trial.config)
-        tags = encoding.state_tags(trial, work.attempts, work.code) if self._changed else {}
+        tags = encoding.state_tags(trial, work.attempts) if self._changed else {}
         if self._changed and not sent.basics:  # found on the server: its parent may be another one by now
             tags |= encoding.fixed_tags(work.spec, trial, self._place.parent_run)
             del tags["mlflow.runName"]
@@ -222,7 +218,7 @@ class TrialUpload(Upload):
                 sent.run_id, sent.artifact_uri = found[0].run_id, found[0].artifact_uri
                 return False
         started = work.attempts[0].started_at if work.attempts else time.time()
-        tags = encoding.state_tags(trial, work.attempts, work.code)
+        tags = encoding.state_tags(trial, work.attempts)
         tags = {key: value for key, value in tags.items() if value}
         tags = encoding.fixed_tags(work.spec, trial, self._place.parent_run) | tags
         experiment = self._place.experiment

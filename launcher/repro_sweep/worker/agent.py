@@ -68,6 +68,8 @@ class Agent:
         registered = self._join()
         if registered is None:
             return False
+        if registered.leave:
+            return True
         self._spec_text = registered.spec
         self._spec = SweepSpec.model_validate_json(registered.spec)
         self._nursery = Nursery(registered.spec)
@@ -111,7 +113,7 @@ class Agent:
         while not self._stopping.is_set() and self._link.lost_for_s < _FIRST_JOIN_S:
             registered = self._link.look()
             if registered is not None:
-                return None if registered.leave else registered
+                return registered
             self._stopping.wait(_LOOK_S)
         return None
 

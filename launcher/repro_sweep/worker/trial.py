@@ -51,7 +51,7 @@ class Context:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send metrics of one step; they also are the final ones unless the task returns others."""
         now = time.time()
-        with self._lock:
+        with self._lock, self._reports.turn():
             self.last.update(metrics)
             seq = self._reports.add(step, now, metrics)
             report = {"seq": seq, "step": step, "time": now, "metrics": dict(metrics)}
