@@ -98,6 +98,7 @@ class Lease:
 
     def announce(self, socket_path: str) -> None:
         """Tell workers where this coordinator listens."""
+        before = address_of(self._directory)
         address = Address(epoch=self.holder.epoch, socket=socket_path)
         record = {
             "host": self.holder.host,
@@ -107,6 +108,10 @@ class Lease:
         }
         write_file(self._directory / ADDRESS_NAME, json.dumps(record))
         failpoint("lease.announced")
+        if before is not None:  # what a coordinator that was killed has left in the folder for temporary files
+            with contextlib.suppress(OSError):
+                Path(before.socket).unlink()
+                Path(before.socket).parent.rmdir()
 
     def renew(self, ledger: Ledger) -> None:
         """Note that the holder lives. Part of the ledger's open change."""

@@ -58,8 +58,8 @@ class Trial:
 class Attempt:
     """One execution of a trial.
 
-    Times are seconds UTC; ``metrics`` are the final ones; ``reports`` is the number that the next one has; ``code`` is the
-    fingerprint of the project's code that it ran with.
+    Times are seconds UTC; ``metrics`` are the final ones; ``reports`` is the number that the next one has; ``code`` is
+    the fingerprint of the project's code that it ran with.
     """
 
     id: str
