@@ -342,6 +342,17 @@ class Proxy:
     uri: str = ""
 
 
+def _body_of(request: BaseHTTPRequestHandler) -> bytes:
+    if request.headers.get("Transfer-Encoding", "").lower() != "chunked":
+        return request.rfile.read(int(request.headers.get("Content-Length") or 0))
+    body = b""
+    while size := int(request.rfile.readline().partition(b";")[0], 16):
+        body += request.rfile.read(size)
+        request.rfile.readline()
+    request.rfile.readline()
+    return body
+
+
 @contextlib.contextmanager
 def proxy_before(server: str) -> Iterator[Proxy]:
     """A proxy before a server, on a port of its own."""
@@ -352,7 +363,7 @@ def proxy_before(server: str) -> Iterator[Proxy]:
         protocol_version = "HTTP/1.1"
 
         def _handle(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = _body_of(self)
             proxy.seen.append((self.command, self.path))
             verdict = proxy.spoil(self.command, self.path)
             if isinstance(verdict, int):
@@ -362,7 +373,11 @@ def proxy_before(server: str) -> Iterator[Proxy]:
                 proxy.spoilt_late += 1
                 self._reply(503, {}, b"{}")
                 time.sleep(1.0)
-            headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}
+            headers = {
+                key: value
+                for key, value in self.headers.items()
+                if key.lower() not in {"host", "transfer-encoding", "content-length"}
+            }
             with contextlib.closing(http.client.HTTPConnection(target, timeout=30)) as connection:
                 connection.request(self.command, self.path, body, headers | {"Host": target})
                 with connection.getresponse() as response:

@@ -103,6 +103,7 @@ class MlflowTracker(Tracker):
         self._change = -1
         self._seq = 0
         self._outages = 0
+        self._cleared: set[int] = set()
         self._closed_until = 0.0
         self._error: str | None = None
         self._finishing = False
@@ -290,6 +291,7 @@ class MlflowTracker(Tracker):
         }
         for row in rows.values():
             row.unsure = True
+        self._cleared -= {number for number, doubt in doubts.items() if doubt}
         if rows:
             self._log.put(rows.values())
         size = _TOGETHER if self._store.embedded else 1
@@ -315,9 +317,12 @@ class MlflowTracker(Tracker):
                 row,
                 place=self._place,
                 closing=closing,
-                suspects={
-                    self._ledger.trial(n).identity: run_id for n, run_id in suspects.items() if n != SWEEP
-                },
+                suspects=[
+                    (n, self._ledger.trial(n).identity, run_id)
+                    for n, run_id in suspects.items()
+                    if n != SWEEP and n not in self._cleared
+                ],
+                cleared=self._cleared,
             )
         assert self._place is not None
         work = load_work(self._ledger, self._spec, row)
@@ -365,7 +370,10 @@ class MlflowTracker(Tracker):
         if isinstance(error, Gone):
             self._restore(job.upload.sent)
         elif isinstance(error, Unavailable):
-            self._outages += 1
+            answered, self._store.answered = self._store.answered, False
+            self._outages = (
+                1 if answered else self._outages + 1
+            )  # a server that answers now and then is not away
             self._closed_until = self._clock() + _pause(self._outages)
             self._error = text
         elif not isinstance(error, Refused):

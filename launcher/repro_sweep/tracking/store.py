@@ -95,12 +95,20 @@ class Store:
         self._lock = threading.Lock()
         self._opened: Any = None
         self._stopping = False
+        self.answered = True
+        """Whether the store has done anything since this was set to False."""
         self._moved = 0
         self._moving_now: list[Path] = []
         self._stored: set[str] = set()
         self._counting = threading.Lock()
         self._transactions: SharedTransactions | None = None
         self._within = threading.local()
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        with _mapped():
+            yield
+        self.answered = True
 
     @property
     def embedded(self) -> bool:
@@ -146,7 +154,7 @@ class Store:
         if not self.embedded:
             yield
             return
-        with _mapped():
+        with self._asking():
             transactions = self._shared_transactions()
             with transactions.begin() as store:
                 self._within.store = store
@@ -161,7 +169,7 @@ class Store:
 
     def experiment(self, name: str) -> str:
         """The id of an experiment, created if there is none of that name."""
-        with _mapped():
+        with self._asking():
             store = self._store()
             found = store.get_experiment_by_name(name)
             if found is None:
@@ -181,7 +189,7 @@ class Store:
         """The runs with all these tags, always in the same order."""
         from mlflow.entities import ViewType
 
-        with _mapped():
+        with self._asking():
             condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
             runs = self._store().search_runs([experiment], condition, ViewType.ACTIVE_ONLY, max_results=50)
             found = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
@@ -193,7 +201,7 @@ class Store:
 
         conditions = ["attributes.status = 'FINISHED'"]
         conditions += [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
-        with _mapped():
+        with self._asking():
             experiments = [
                 each.experiment_id for each in _pages(self._store().search_experiments, max_results=_PAGE)
             ]
@@ -214,7 +222,7 @@ class Store:
         """Create a run; it may exist twice afterwards if this fails and is repeated."""
         from mlflow.entities import RunTag
 
-        with _mapped():
+        with self._asking():
             run = self._store().create_run(
                 experiment_id=experiment,
                 user_id=tags.get("mlflow.user", "unknown"),
@@ -226,12 +234,12 @@ class Store:
 
     def delete_run(self, run_id: str) -> None:
         """Delete a run (it can be restored in MLflow)."""
-        with _mapped():
+        with self._asking():
             self._store().delete_run(run_id)
 
     def params(self, run_id: str) -> dict[str, str]:
         """The params that a run has."""
-        with _mapped():
+        with self._asking():
             return dict(self._store().get_run(run_id).data.params)
 
     def log(
@@ -246,7 +254,7 @@ class Store:
         from mlflow.entities import Metric, Param, RunTag
 
         for some_points, some_params, some_tags in batches(points, params or {}, tags or {}):
-            with _mapped():
+            with self._asking():
                 self._store().log_batch(
                     run_id,
                     metrics=[
@@ -264,7 +272,7 @@ class Store:
         there = set()
         for key in {point.key for point in points}:
             token = None
-            with _mapped():
+            with self._asking():
                 while True:
                     page = self._store().get_metric_history(run_id, key, page_token=token)
                     there |= {Point(key, each.value, each.timestamp, each.step).identity for each in page}
@@ -277,14 +285,14 @@ class Store:
         """Set the status of a run, and when it ended."""
         from mlflow.entities import RunStatus
 
-        with _mapped():
+        with self._asking():
             self._store().update_run_info(run_id, RunStatus.from_string(status), ended_ms, None)
 
     def put_text(self, artifact_uri: str, path: str, text: str) -> None:
         """Store a small text as an artifact."""
         folder = _local_folder(artifact_uri)
         if folder is not None:
-            with _mapped():
+            with self._asking():
                 target = folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial = target.with_name(f".{target.name}.partial")

@@ -254,8 +254,9 @@ class TrialUpload(Upload):
 class SweepUpload(Upload):
     """The sweep's own run. ``place`` is None where the experiment has not been looked at yet, and set afterwards.
 
-    ``suspects`` are the identities of trials whose run may exist twice, and the right runs; when the sweep is closed
-    the others are deleted. ``found``: a run of this sweep was there that ``sent`` knows nothing of.
+    ``suspects`` are trials whose run may exist twice: number, identity and right run; when the sweep is closed the
+    others are deleted, and the trial's number is added to ``cleared``. ``found``: a run of this sweep was there that ``sent``
+    knows nothing of.
     """
 
     def __init__(
@@ -267,12 +268,14 @@ class SweepUpload(Upload):
         *,
         place: Place | None,
         closing: bool,
-        suspects: Mapping[str, str],
+        suspects: Sequence[tuple[int, str, str]],
+        cleared: set[int],
     ) -> None:
         self._store = store
         self._spec = spec
         self._counts = counts
         self._suspects = suspects
+        self._cleared = cleared
         self.closing = closing
         self.sent = sent
         self.place = place
@@ -306,8 +309,9 @@ class SweepUpload(Upload):
             self.sent.final = status
         if self.closing:
             self._delete_others(self._search, self.sent.run_id)
-            for identity, run_id in self._suspects.items():
+            for number, identity, run_id in self._suspects:
                 self._delete_others(_trial_search(self._spec, identity), run_id)
+                self._cleared.add(number)
 
     @property
     def _search(self) -> dict[str, str]:

@@ -20,6 +20,8 @@ from typing import Any
 from repro_sweep.worker import wire
 from repro_sweep.worker.wire import STACKS_SIGNAL
 
+_MOST_KILLS = 3
+
 log = logging.getLogger(__name__)
 
 
@@ -65,6 +67,7 @@ class Nursery:
         self._hazard: str | None = None
         self._failed: str | None = None
         self._closing = False
+        self._kills = 0
         self._preloaded: set[str] = set()
         self._process, self._sock = _start(spec)
         threading.Thread(target=self._read, daemon=True, name="zygote").start()
@@ -142,20 +145,28 @@ class Nursery:
             if message is None:
                 break
             self._take(message)
-        self._process.wait()
+        killed = self._process.wait() == -signal.SIGKILL and self._kills < _MOST_KILLS
         with self._lock:
             children, self._children = list(self._children.values()), {}
-            if not self._ready.is_set():
+            if (
+                not self._ready.is_set() and killed and not self._closing
+            ):  # from outside, while it imported the task
+                self._kills += 1
+                self._restart()
+            elif not self._ready.is_set():
                 self._failed = "the process that imports the task died (see the worker's worker.log)"
             elif self._hazard is None and self._failed is None and not self._closing:
                 self._ready.clear()
-                self._preloaded.clear()
-                self._process, self._sock = _start(self._spec)
-                threading.Thread(target=self._read, daemon=True, name="zygote").start()
+                self._restart()
         for child in children:
             child.over(lost=True)
         if self._failed is not None:
             self._ready.set()
+
+    def _restart(self) -> None:
+        self._preloaded.clear()
+        self._process, self._sock = _start(self._spec)
+        threading.Thread(target=self._read, daemon=True, name="zygote").start()
 
     def _take(self, message: dict[str, Any]) -> None:
         if "failed" in message:

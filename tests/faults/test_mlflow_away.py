@@ -1,0 +1,140 @@
+"""MLflow may be slow, broken or away: no trial waits for it, and in the end it has every point once."""
+
+from __future__ import annotations
+
+import random
+import signal
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+from chaos import STEPS, Finished, Swarm, wait_at_most
+from helpers import eventually
+from tracking_helpers import free_port, mlflow_server, proxy_before, shared_server
+
+from repro_sweep.states import TrialState
+
+Size = Callable[[float, float], float]
+
+
+def test_a_server_that_loses_replies_refuses_requests_and_goes_away_gets_every_point_once(
+    make_swarm: Callable[..., Swarm],
+    undisturbed: Callable[[int], Finished],
+    rng: random.Random,
+    size: Size,
+    figures: Callable[..., None],
+    pytestconfig: pytest.Config,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Every tenth reply is lost after the work was done, every twentieth request refused, and then all of them are."""
+    trials, outage_s, pause_s = int(size(60, 300)), size(3, 360), size(0.05, 0.8)
+    server = shared_server(pytestconfig, tmp_path_factory)
+    counted: Counter[str] = Counter()
+    lock = threading.Lock()
+    out = threading.Event()
+
+    def spoil(_method: str, _path: str) -> int | str | None:
+        with lock:
+            number = rng.random()
+            counted["requests"] += 1
+            if out.is_set():
+                counted["refused in the outage"] += 1
+                return 503
+            if number < 0.10:
+                counted["replies lost"] += 1
+                return "drop"
+            if number < 0.15:
+                counted["answered 429 or 500"] += 1
+                return 429 if number < 0.125 else 500
+            return None
+
+    with proxy_before(server) as proxy:
+        proxy.spoil = spoil
+        swarm = make_swarm(trials, f"sweep.tracking.uri={proxy.uri}", pause_s=pause_s, sweep="spoilt")
+        with swarm.start() as command:
+            command.until(lambda: swarm.count("end") >= trials // 4, "some trials end")
+            began = time.time()
+            out.set()
+            command.until(lambda: time.time() - began >= outage_s, "the outage")
+            ended = time.time()
+            out.clear()
+            command.until(partial(_all_complete, swarm), "all trials end")
+            if not wait_at_most(size(15, 900), lambda: command.process.poll() is not None):
+                command.process.send_signal(signal.SIGINT)
+            assert command.wait(60) in {0, 130}, command.stderr
+        proxy.spoil = lambda _method, _path: None
+        lacked = "MLflow lacks" in command.stdout
+        with swarm.command("sync", str(swarm.directory)) as sync:
+            assert sync.wait(300) == 0, sync.stderr
+    attempts = swarm.sweep.attempts
+    during = [each.ended_at - each.started_at for each in attempts if began < each.started_at < ended]
+    around = [each.ended_at - each.started_at for each in attempts if not began < each.started_at < ended]
+    verdict = swarm.verdict(undisturbed(trials), uri=server)
+    figures(
+        **{key.replace(" ", "_"): value for key, value in counted.items()},
+        outage_s=outage_s,
+        ends_with_something_left_for_sync=int(lacked),
+        failed_trials=sum(each.state is TrialState.FAIL for each in attempts),
+        **{"s a trial (median) in the outage": statistics.median(during)},
+        **{"s a trial (median) outside of it": statistics.median(around)},
+        **verdict.counted,
+    )
+    assert {key: counted[key] > 0 for key in ("replies lost", "answered 429 or 500", "refused in the outage")} == {
+        "replies lost": True, "answered 429 or 500": True, "refused in the outage": True,
+    }  # fmt: skip
+    assert verdict.wrong == {}, verdict.remarks
+    assert verdict.executions == verdict.attempts == trials
+    assert len(during) >= min(10, outage_s / (STEPS * pause_s))
+    assert statistics.median(during) < 2 * statistics.median(around) + 0.5, "MLflow is on the trials' path"
+
+
+def test_a_server_that_is_down_at_the_start_and_at_the_end_gets_everything_in_the_end(
+    make_swarm: Callable[..., Swarm],
+    undisturbed: Callable[[int], Finished],
+    size: Size,
+    figures: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    """The summary says what MLflow lacks; ``repro-sweep sync`` brings it there."""
+    port = free_port()
+    swarm = make_swarm(60, f"sweep.tracking.uri=http://127.0.0.1:{port}", pause_s=0.02, sweep="away")
+    with ExitStack() as stack, swarm.start() as command:
+        command.until(lambda: swarm.count("end") >= 20, "trials run without a server")
+        swarm.hold("all")
+        server = stack.enter_context(mlflow_server(tmp_path / "server", port))
+        command.until(lambda: _runs(server), "the server gets what there is")
+        stack.close()
+        swarm.release()
+        eventually(lambda: swarm.sweep.states()[TrialState.COMPLETE] == 60, "all trials end without a server")
+        if size(1, 0):
+            command.until(lambda: "MLflow" in command.stderr.splitlines()[-1], "it waits for MLflow")
+            command.process.send_signal(signal.SIGINT)
+        code = command.wait(300)
+    said = command.stdout
+    with mlflow_server(tmp_path / "server", port) as server:
+        with swarm.command("sync", str(swarm.directory)) as sync:
+            synced = sync.wait(300)
+        verdict = swarm.verdict(undisturbed(60), uri=server)
+    figures(outages=2, **verdict.counted)
+    assert code == (130 if size(1, 0) else 0), command.stderr
+    assert "MLflow lacks" in said
+    assert f"(http://127.0.0.1:{port}" in said
+    assert synced == 0, sync.stderr
+    assert verdict.wrong == {}, verdict.remarks
+    assert verdict.executions == 60
+
+
+def _all_complete(swarm: Swarm) -> bool:
+    return swarm.sweep.states()[TrialState.COMPLETE] == swarm.trials
+
+
+def _runs(uri: str) -> int:
+    from tracking_helpers import runs_of
+
+    return len(runs_of(uri))
