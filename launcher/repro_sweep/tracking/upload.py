@@ -255,8 +255,8 @@ class SweepUpload(Upload):
     """The sweep's own run. ``place`` is None where the experiment has not been looked at yet, and set afterwards.
 
     ``suspects`` are trials whose run may exist twice: number, identity and right run; when the sweep is closed the
-    others are deleted, and the trial's number is added to ``cleared``. ``found``: a run of this sweep was there that ``sent``
-    knows nothing of.
+    others are deleted, and the trial's number is added to ``cleared``. ``found``: a run of this sweep was there that
+    ``sent`` knows nothing of.
     """
 
     def __init__(
