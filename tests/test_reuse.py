@@ -317,7 +317,7 @@ def test_what_was_taken_over_counts_where_the_run_that_it_was_taken_from_is_dele
     (original,) = sweeps.done("original", 0)
     ledger = make_ledger(sweeps.folder / "copy", sweeps.uri, name="copy", code="c1")
     add_trial(ledger, 0)
-    ledger.reuse(0, sweeps.found("for_copy")[0])
+    ledger.reuse(0, sweeps.found("for_copy")[0], "c1")
     ledger.commit()
     drain(sweeps.folder / "copy")
     (copy,) = runs_of(sweeps.uri, sweep_id=ledger.spec.sweep_id)

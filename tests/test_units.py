@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -435,6 +436,59 @@ def test_messages_that_come_twice_are_recorded_once(ledger: Ledger, spec: SweepS
     assert found.counts()[TrialState.COMPLETE] == 3
     assert len(found.attempts()) == 3
     assert [report.step for report in found.reports()] == [0, 1, 2] * 3
+    found.close()
+
+
+def test_a_trial_that_is_cancelled_while_it_is_being_handed_out_is_not(
+    ledger: Ledger, spec: SweepSpec, tmp_path: Path
+) -> None:
+    """Nor does the sweep end for it."""
+
+    async def worker(coordinator: Coordinator, _: OneWorker) -> None:
+        cancelling = protocol.Cancel(trials=(0,))
+        claimed, cancelled = await asyncio.gather(
+            coordinator.claim(claim("a")), coordinator.cancel(cancelling)
+        )
+        assert cancelled.trials == (0,)
+        for number in (1, 2):
+            if claimed.assignment is not None and claimed.assignment.trial == 0:  # it was handed out before
+                await coordinator.finish(finish("a", kind=FailureKind.CANCELLED))
+                claimed = await coordinator.claim(claim("b"))
+            assert claimed.assignment is not None
+            assert claimed.assignment.trial == number
+            await coordinator.finish(finish(claimed.assignment.attempt))
+            claimed = await coordinator.claim(claim(f"next-{number}"))
+        assert claimed.over
+
+    coordinate(spec, ledger, worker)
+    found = Ledger.open(tmp_path, readonly=True)
+    assert found.cancelled == {0}
+    assert +Counter(found.counts()) == {TrialState.FAIL: 1, TrialState.COMPLETE: 2}
+    found.close()
+
+
+def test_a_trial_that_is_cancelled_while_it_fails_is_not_tried_again(
+    ledger: Ledger, spec: SweepSpec, tmp_path: Path
+) -> None:
+    """Although its failure alone would have been."""
+    limits = spec.limits.model_copy(update={"retries": {FailureKind.CRASH: None}})
+
+    async def worker(coordinator: Coordinator, _: OneWorker) -> None:
+        await coordinator.claim(claim("a"))
+        failing = finish("a", kind=FailureKind.CRASH)
+        await asyncio.gather(coordinator.finish(failing), coordinator.cancel(protocol.Cancel(trials=(0,))))
+        for number in (1, 2):
+            assigned = (await coordinator.claim(claim(str(number)))).assignment
+            assert assigned is not None
+            assert assigned.trial == number
+            await coordinator.finish(finish(str(number)))
+        assert (await coordinator.claim(claim("last"))).over
+        assert coordinator.progress().cancelled == 1
+
+    coordinate(spec.model_copy(update={"limits": limits}), ledger, worker)
+    found = Ledger.open(tmp_path, readonly=True)
+    assert found.cancelled == {0}
+    assert +Counter(found.counts()) == {TrialState.FAIL: 1, TrialState.COMPLETE: 2}
     found.close()
 
 

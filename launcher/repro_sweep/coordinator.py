@@ -82,7 +82,7 @@ class Coordinator:
         self._tracker = tracker
         self._lease = lease
         self._changed = asyncio.Event()
-        self._starting: dict[str, tuple[int, asyncio.Future[protocol.Assignment]]] = {}
+        self._starting: dict[str, tuple[int, asyncio.Task[protocol.Assignment | None]]] = {}
         self._searching = False
         self._draining = False
         self._stopping = False
@@ -167,9 +167,10 @@ class Coordinator:
         }
         running.intersection_update(message.trials)
         await self._write(lambda ledger: ledger.cancel(waiting | running))
-        for number in waiting:
+        again = self._handout.discard(running)  # they have ended meanwhile, and would have been tried again
+        for number in waiting | again:
             self._tally.cancel(number)
-        self._cancelling |= running
+        self._cancelling |= running - again
         self._notify()
         return protocol.Cancelled(trials=tuple(sorted(waiting | running)))
 
@@ -341,25 +342,38 @@ class Coordinator:
             if worker is not None and worker.slots and not self._searching and self._paused is None:
                 number = self._handout.take(worker.group(message.worker, message.slot))
                 if number is not None:
-                    return protocol.Claimed(assignment=await self._start(number, worker, message))
+                    assignment = await self._start(number, worker, message)
+                    if assignment is None:
+                        continue
+                    return protocol.Claimed(assignment=assignment)
             left = deadline - time.monotonic()
             if left <= 0:
                 return protocol.Claimed()
             await self._wait_for_change(min(left, 1.0))
 
-    async def _start(self, number: int, worker: _Worker, claim: protocol.Claim) -> protocol.Assignment:
+    async def _start(self, number: int, worker: _Worker, claim: protocol.Claim) -> protocol.Assignment | None:
         """Commit that a trial is handed out. A task of its own: the claim may be given up meanwhile."""
-        task = asyncio.ensure_future(self._commit_start(number, worker, claim))
+
+        def forget(task: asyncio.Task[protocol.Assignment | None]) -> None:
+            self._starting.pop(claim.attempt, None)
+            if not task.cancelled():
+                task.exception()  # whoever waits gets it; nobody may
+
+        task = asyncio.create_task(self._commit_start(number, worker, claim))
         self._starting[claim.attempt] = number, task
-        task.add_done_callback(lambda _: self._starting.pop(claim.attempt, None))
+        task.add_done_callback(forget)
         return await asyncio.shield(task)
 
-    async def _commit_start(self, number: int, worker: _Worker, claim: protocol.Claim) -> protocol.Assignment:
+    async def _commit_start(
+        self, number: int, worker: _Worker, claim: protocol.Claim
+    ) -> protocol.Assignment | None:
         group = worker.group(claim.worker, claim.slot)
         alone = self._handout.is_alone(number)
         started_at = now()
 
-        def change(ledger: Ledger) -> protocol.Assignment:
+        def change(ledger: Ledger) -> protocol.Assignment | None:
+            if ledger.trial(number).cancelled:  # just now
+                return None
             attempt = Attempt(
                 id=claim.attempt, trial=number, ordinal=len(ledger.attempts(number)), worker=claim.worker,
                 slot=claim.slot, host=worker.host, state=TrialState.RUNNING, kind=None, message=None, metrics={},
@@ -374,6 +388,11 @@ class Coordinator:
             self._handout.release(group, number)
             self._handout.add(number, first=True, alone=alone)
             raise
+        if assignment is None:
+            self._handout.release(group, number)
+            self._tally.cancel(number)
+            self._cancelling.discard(number)
+            return None
         self._running[claim.attempt] = _Running(
             number, claim.worker, claim.slot, group, assignment, time.monotonic()
         )
