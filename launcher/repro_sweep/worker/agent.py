@@ -23,13 +23,11 @@ from repro_sweep import protocol, spool
 from repro_sweep.errors import ProtocolError
 from repro_sweep.states import FailureKind
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.worker.attempt import LOG_NAME, Run, failure
+from repro_sweep.worker.attempt import Run, failure
 from repro_sweep.worker.client import CoordinatorLostError
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.nursery import Nursery
 from repro_sweep.worker.wire import STACKS_SIGNAL
-
-__all__ = ["LOG_NAME", "Agent", "main"]
 
 HEARTBEAT_S = 1.0
 _FLUSH_S = 0.25
