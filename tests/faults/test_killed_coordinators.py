@@ -93,6 +93,11 @@ def test_a_coordinator_killed_wherever_it_writes_or_answers(
 def _prepare(swarm: Swarm, name: str) -> int:
     """Let there be a kept result, or no worker; returns how many executions that cuts off."""
     if name in KEPT:
+        swarm.hold("all")
+        with swarm.start() as command:
+            command.until(lambda: len(swarm.trial_pids()) == SLOTS, "trials run")
+            command.process.kill()
+        swarm.release()
         eventually(lambda: swarm.kept_results() and not swarm.trial_pids(), "all results are kept")
         end_leftovers(swarm, AGENT)  # it would deliver them itself
     elif name in WHEN_A_WORKER_STARTS:
