@@ -117,39 +117,48 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 rows += [(*each, report.outcome) for each in found]
     if not rows:
         return
-    text = _table(rows)
+    text = "\n".join([*_HEAD, *_lines(rows).values()])
     terminalreporter.section("figures of the fault suite")
     terminalreporter.write_line(text)
     document: Path | None = config.getoption("figures", None)
     if document is not None:
-        _write(document, text, long=bool(config.getoption("long", False)))
+        _write(document, rows, long=bool(config.getoption("long", False)))
         terminalreporter.write_line(f"written to {document}")
 
 
-def _table(rows: list[tuple[str, str, object, str]]) -> str:
+_HEAD = ("| what was done | counted | result | date, commit |", "| --- | --- | --- | --- |")
+
+
+def _lines(rows: list[tuple[str, str, object, str]]) -> dict[str, str]:
+    """The line of each test, by its name."""
+    run = f"{datetime.now(UTC):%Y-%m-%d}, {_commit()}"
     tests: dict[str, tuple[list[str], str]] = {}
     for test, name, value, outcome in rows:
         shown = f"{value:.3g}" if isinstance(value, float) else str(value)
         tests.setdefault(test, ([], outcome))[0].append(f"{shown} {name}")
-    lines = ["| what was done | counted | result |", "| --- | --- | --- |"]
-    lines += [f"| {test} | {', '.join(counted)} | {outcome} |" for test, (counted, outcome) in tests.items()]
-    return "\n".join(lines)
+    return {
+        test: f"| {test} | {', '.join(counted)} | {outcome} | {run} |"
+        for test, (counted, outcome) in tests.items()
+    }
 
 
-def _write(document: Path, table: str, *, long: bool) -> None:
+def _write(document: Path, rows: list[tuple[str, str, object, str]], *, long: bool) -> None:
+    """Replace the lines of the tests that ran; a test that did not run keeps its own."""
     text = document.read_text(encoding="utf-8")
     before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+    old, end, after = rest.partition(_END)
     if not begin or not end:
         raise pytest.UsageError(f"{document}: it has no lines {_BEGIN} and {_END}")
+    known = {
+        line.split(" | ")[0].removeprefix("| "): line for line in old.splitlines() if line.startswith("| ")
+    }
+    lines = {test: line for test, line in known.items() if line not in _HEAD} | _lines(rows)
     facts = [
-        f"- date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         f"- machine: {_machine()}",
         f"- Python: {platform.python_version()} ({platform.python_implementation()})",
-        f"- commit: {_commit()}",
         f"- command: `{shlex.join(['python', '-m', 'pytest', *sys.argv[1:]])}` ({'long' if long else 'short'} form)",
     ]
-    block = "\n".join([_BEGIN, "", *facts, "", table, "", _END])
+    block = "\n".join([_BEGIN, "", *facts, "", *_HEAD, *(lines[test] for test in sorted(lines)), "", _END])
     document.write_text(before + block + after, encoding="utf-8")
 
 
