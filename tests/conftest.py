@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Project, environment, projects
-
-MakeProject = Callable[..., Project]
+from helpers import MakeProject, environment, projects
 
 _MAKE_STORE = """
 import sys

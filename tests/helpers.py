@@ -30,6 +30,9 @@ _FOREIGN = (
 )  # fmt: skip
 
 
+MakeProject = Callable[..., "Project"]
+
+
 def environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """The environment for a command: this one's without what would change a sweep; None takes a variable out."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}

@@ -978,6 +978,33 @@ def test_attempts_trackers_and_replies_may_all_be_lost_at_once(
 
 
 @pytest.mark.slow
+def test_a_closing_sweep_looks_for_second_runs_though_every_third_look_fails(
+    sweep: Path, proxy: Proxy, server: str
+) -> None:
+    """What it has looked at is not looked at again."""
+    lost = itertools.count()
+    looks = itertools.count(1)
+
+    def spoil(_method: str, path: str) -> int | str | None:
+        if path.endswith("/runs/create") and next(lost) < 6:
+            return "drop"
+        return 500 if path.endswith("/runs/search") and next(looks) % 3 == 0 else None
+
+    proxy.spoil = spoil
+    ledger = make_ledger(sweep, proxy.uri, experiment="every third")
+    for number in range(6):
+        add_trial(ledger, number)
+        run_trial(ledger, number, {"accuracy": 0.5})
+    drain(sweep)
+    runs = runs_of(server, sweep_id=ledger.spec.sweep_id)
+    assert [int(run.data.tags["repro_sweep.trial"]) for run in runs] == list(range(6))
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert [run.info.status for run in runs_of(server, sweep_id=ledger.spec.sweep_id, sweep=True)] == [
+        "FINISHED"
+    ]
+
+
+@pytest.mark.slow
 def test_a_request_that_is_done_long_after_it_was_given_up_leaves_no_second_run(
     sweep: Path, proxy: Proxy, server: str
 ) -> None:

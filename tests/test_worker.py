@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeProject
+from helpers import MakeProject
 from omegaconf import DictConfig, OmegaConf
 
 from repro_sweep.states import FailureKind, TrialState

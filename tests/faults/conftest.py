@@ -27,7 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The long form, and where its figures go."""
     group = parser.getgroup("faults", "the fault suite (tests/faults)")
     group.addoption(
-        "--long", action="store_true", default=False, help="hundreds of kills; takes about an hour"
+        "--long",
+        action="store_true",
+        default=False,
+        help="hundreds of kills; takes three quarters of an hour",
     )
     group.addoption("--figures", type=Path, help="write the table of figures into this document")
     group.addoption("--fault-seed", type=int, default=20261123, help="of all random instants")

@@ -59,6 +59,7 @@ class _Job:
 
     upload: Upload
     failures: int
+    cleared: int
     future: Future[list[Exception | None]]
     index: int
 
@@ -169,7 +170,8 @@ class MlflowTracker(Tracker):
             )
             error = next(errors, None)
         over = self._finishing and not self._jobs and self._is_over()
-        return Progress(left=len(left), error=error, done=over or self._replaced, moved=self._store.moved)
+        moved = self._store.moved + len(self._cleared)
+        return Progress(left=len(left), error=error, done=over or self._replaced, moved=moved)
 
     def close(self) -> None:
         """See :meth:`Tracker.close`."""
@@ -302,7 +304,7 @@ class MlflowTracker(Tracker):
             for index, number in enumerate(group):
                 pending = self._pending.pop(number, None)
                 failures = 0 if pending is None else pending.failures
-                self._jobs[number] = _Job(uploads[index], failures, future, index)
+                self._jobs[number] = _Job(uploads[index], failures, len(self._cleared), future, index)
             future.add_done_callback(lambda _: self._wake())
 
     def _upload(self, row: Sent, *, doubt: bool) -> Upload:
@@ -381,7 +383,7 @@ class MlflowTracker(Tracker):
             text = f"{type(error).__name__}: {text}"
         if isinstance(error, (Refused, Gone)) and number != SWEEP:
             self._add(SWEEP, self._clock())  # finds out whether the server has lost the whole sweep
-        failures = job.failures + 1
+        failures = 1 if len(self._cleared) > job.cleared else job.failures + 1
         due = self._clock() + _pause(failures)
         self._pending[number] = _Pending(
             due, failures, text, refused=not isinstance(error, (Unavailable, Gone))
