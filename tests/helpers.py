@@ -23,7 +23,7 @@ from repro_sweep.sweep import Composition, Limits, Origin, Resources, SweepSpec,
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("repro-sweep")
 TIMEOUT_S = 120.0
-_MARK = "REPRO_SWEEP_TEST_MARK"
+MARK = "REPRO_SWEEP_TEST_MARK"
 _POLL_S = 0.01
 _FOREIGN = (
     "MLFLOW_", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "VECLIB_", "CUDA_", "REPRO_SWEEP_", "HYDRA_",
@@ -85,11 +85,11 @@ class Project:
         self, *arguments: str, env: Mapping[str, str | None] | None = None, python: bool = False
     ) -> subprocess.CompletedProcess[str]:
         """Run ``repro-sweep`` (or Python) here to its end."""
-        return run(*arguments, cwd=self.root, env={_MARK: self.mark, **(env or {})}, python=python)
+        return run(*arguments, cwd=self.root, env={MARK: self.mark, **(env or {})}, python=python)
 
     def start(self, *arguments: str, env: Mapping[str, str | None] | None = None) -> Running:
         """Start ``repro-sweep`` here."""
-        return Running(self, arguments, environment({_MARK: self.mark, **(env or {})}))
+        return Running(self, arguments, environment({MARK: self.mark, **(env or {})}))
 
     def files(self) -> dict[str, int]:
         """All files and folders with the time of their last change."""
@@ -102,7 +102,7 @@ class Project:
     def processes(self) -> dict[int, str]:
         """The command lines of all processes that a command run here has left."""
         found = {}
-        needle = f"{_MARK}={self.mark}".encode()
+        needle = f"{MARK}={self.mark}".encode()
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit():
                 continue

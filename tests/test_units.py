@@ -28,6 +28,8 @@ from repro_sweep.handout import Handout
 from repro_sweep.journal import Journal
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Meter
+from repro_sweep.provenance import source
+from repro_sweep.provenance.source import code_fingerprint
 from repro_sweep.records import NewReport, NewTrial
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import Resources, SweepSpec, TaskSpec
@@ -830,6 +832,46 @@ def test_outside_of_a_sweep_the_folders_lie_in_the_working_directory(
     assert repro_sweep.checkpoint_dir() == tmp_path / "checkpoints"
     assert (tmp_path / "artifacts").is_dir()
     assert (tmp_path / "checkpoints").is_dir()
+
+
+# --- the code ------------------------------------------------------------------------------------------------
+
+
+def test_equal_code_has_equal_fingerprints_wherever_it_lies_and_whatever_git_says(tmp_path: Path) -> None:
+    """Only the project's Python files count: neither other files nor what was installed or put out there."""
+    code = {"train.py": "x = 1", "models/net.py": "y = 2"}
+    noise = {
+        "data.csv": "1",
+        ".hidden/a.py": "a",
+        "multirun/b.py": "b",
+        "env/pyvenv.cfg": "",
+        "env/c.py": "c",
+    }
+
+    def folder(name: str, files: Mapping[str, str]) -> Path:
+        for path, text in files.items():
+            file = tmp_path / name / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return tmp_path / name
+
+    plain = code_fingerprint(folder("plain", code))
+    assert len(plain) == 64
+    assert code_fingerprint(folder("noisy", code | noise)) == plain
+    assert code_fingerprint(folder("changed", code | {"models/net.py": "y = 3"})) != plain
+    assert code_fingerprint(folder("moved", {"train.py": "y = 2", "models/net.py": "x = 1"})) != plain
+    repository = folder("repository", code | {"env/c.py": "c", ".gitignore": "env/"})
+    subprocess.run(["git", "init", "-q", repository], check=True)
+    assert code_fingerprint(repository) == plain
+
+
+def test_a_project_that_cannot_be_looked_through_has_no_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one whose data are a million folders."""
+    (tmp_path / "train.py").write_text("x = 1")
+    monkeypatch.setattr(source, "_PATIENCE_S", -1.0)
+    assert code_fingerprint(tmp_path) == ""
 
 
 # --- messages ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from helpers import _MARK, CONSOLE_SCRIPT, Project, Running, Sweep, environment, eventually, projects
+from helpers import MARK, CONSOLE_SCRIPT, Project, Running, Sweep, environment, eventually, projects
 from tracking_helpers import points_in, points_of_ledger, runs_of
 
 from repro_sweep.lease import address_of
@@ -155,7 +155,7 @@ class Swarm:
 
     def command(self, *arguments: str, **env: str) -> Command:
         """Start any command of ours."""
-        return Command(self.project, arguments, environment({_MARK: self.project.mark, **env}))
+        return Command(self.project, arguments, environment({MARK: self.project.mark, **env}))
 
     def hold(self, what: str) -> None:
         """From now on ``all`` trials, or the one with this ``x``, do not end."""

@@ -30,12 +30,14 @@ def main(arguments: Sequence[str]) -> int:
 def show(submission: Submission) -> int:
     """Print the plan of a prepared sweep; returns the exit status."""
     spec = submission.spec
-    total = submission.to_run + submission.done
+    total = submission.to_run + submission.done + submission.cancelled
     print(f"sweep       {spec.name}: {total} trials ({spec.task.name})")
     if spec.metric is not None:
         print(f"metric      {spec.metric} ({spec.direction})")
     print(f"to run      {submission.to_run}")
     print(f"done        {submission.done}")
+    if submission.cancelled:
+        print(f"cancelled   {submission.cancelled}")
     if submission.duplicates:
         print(f"duplicates  {submission.duplicates} points have the config of another one")
     print(f"resources   {_resources(submission)}")

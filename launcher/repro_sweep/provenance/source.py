@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,27 +31,38 @@ def code_fingerprint(directory: Path) -> str:
     """A hash of the project's Python files, tracked or not; equal code gives equal fingerprints wherever it lies.
 
     In a repository these are the files below ``directory`` that git does not ignore, elsewhere all below it that are
-    not in hidden folders, virtual environments or the output of sweeps.
+    not in hidden folders, virtual environments or the output of sweeps. Empty where they cannot be read, or not be
+    found within some seconds; then nothing is known to be equal.
     """
     listed = _git(directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "*.py")
     if listed is not None:
         files = [directory / name for name in listed.split("\0") if name]
     else:
-        files = list(_python_files(directory))
+        found = _python_files(directory)
+        if found is None:
+            return ""
+        files = found
     total = hashlib.sha256()
-    for file in sorted(files):
-        if not file.is_file():
-            continue
+    for file in sorted(filter(Path.is_file, files)):
         total.update(file.relative_to(directory).as_posix().encode("utf-8", "surrogateescape") + b"\0")
-        total.update(hashlib.sha256(file.read_bytes()).digest())
+        try:
+            total.update(hashlib.sha256(file.read_bytes()).digest())
+        except OSError:
+            return ""
     return total.hexdigest()
 
 
+_PATIENCE_S = 5.0
 _OUTPUT = frozenset({"multirun", "outputs", "mlruns", "mlartifacts", "__pycache__", "node_modules"})
 
 
-def _python_files(directory: Path) -> Iterator[Path]:
+def _python_files(directory: Path) -> list[Path] | None:
+    """None where there are too many folders to look into, such as those of a dataset."""
+    files: list[Path] = []
+    deadline = time.monotonic() + _PATIENCE_S
     for parent, folders, names in os.walk(directory):
+        if time.monotonic() > deadline:
+            return None
         folders[:] = [
             name
             for name in folders
@@ -59,7 +70,8 @@ def _python_files(directory: Path) -> Iterator[Path]:
             and name not in _OUTPUT
             and not (Path(parent) / name / "pyvenv.cfg").exists()
         ]
-        yield from (Path(parent) / name for name in names if name.endswith(".py"))
+        files += (Path(parent) / name for name in names if name.endswith(".py"))
+    return files
 
 
 def _git(directory: Path, *command: str) -> str | None:
