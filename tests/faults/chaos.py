@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from helpers import MARK, CONSOLE_SCRIPT, Project, Running, Sweep, environment, eventually, projects
+from helpers import CONSOLE_SCRIPT, MARK, Project, Running, Sweep, environment, eventually, projects
 from tracking_helpers import points_in, points_of_ledger, runs_of
 
 from repro_sweep.lease import address_of
