@@ -22,6 +22,7 @@ from repro_sweep.server import Server
 from repro_sweep.tracking.process import TrackerProcess
 
 INTERRUPTED = 130
+_HURRY_S = 10.0
 
 
 def run(ledger: Ledger, name: str, record: Callable[[Ledger], None]) -> int:
@@ -53,9 +54,12 @@ def _superseded(directory: Path, name: str) -> ReproSweepError:
 class _Coordinator(Coordinator):
     """Tells the user of this terminal what a command in another one wants."""
 
+    stopped = False
+
     async def cancel(self, message: protocol.Cancel) -> protocol.Cancelled:
         """Say it, and do it."""
         if message.trials is None:
+            self.stopped = True
             say("another command stops the sweep: nothing new starts, running trials are stopped")
         cancelled = await super().cancel(message)
         for number in cancelled.trials:
@@ -71,6 +75,7 @@ class _Session:
         self._ledger = ledger
         self._lease = lease
         self._interrupts = 0
+        self._stopped = False
         self._tracker = TrackerProcess(Path(self._spec.directory), lease.holder.epoch)
         self._coordinator = _Coordinator(self._spec, ledger, self._tracker, lease)
         self._uploading: asyncio.Task[int] | None = None
@@ -97,11 +102,13 @@ class _Session:
         return INTERRUPTED if self._interrupts else int(failed)
 
     async def _upload(self) -> int:
-        """Bring the rest to MLflow; returns how many runs it lacks."""
+        """Bring the rest to MLflow, of a sweep that was stopped as much as is quickly done; returns what it lacks."""
         self._uploading = asyncio.create_task(upload(self._tracker))
+        stopped = self._coordinator.stopped or self._stopped
         try:
-            return await self._uploading
-        except asyncio.CancelledError:
+            async with asyncio.timeout(_HURRY_S if stopped else None):
+                return await self._uploading
+        except (asyncio.CancelledError, TimeoutError):
             return self._tracker.progress.left
 
     def _handle_signals(self) -> None:
@@ -125,6 +132,7 @@ class _Session:
 
     def _terminate(self) -> None:
         self._interrupts = max(1, self._interrupts)
+        self._stopped = True
         self._coordinator.stop()
         if self._uploading is not None:
             self._uploading.cancel()
