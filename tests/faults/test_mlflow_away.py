@@ -34,7 +34,7 @@ def test_a_server_that_loses_replies_refuses_requests_and_goes_away_gets_every_p
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """Every tenth reply is lost after the work was done, every twentieth request refused, and then all of them are."""
-    trials, outage_s, pause_s = int(size(60, 300)), size(3, 360), size(0.05, 0.8)
+    trials, outage_s, pause_s = int(size(30, 300)), size(3, 360), size(0.08, 0.8)
     server = shared_server(pytestconfig, tmp_path_factory)
     counted: Counter[str] = Counter()
     lock = threading.Lock()
@@ -66,7 +66,7 @@ def test_a_server_that_loses_replies_refuses_requests_and_goes_away_gets_every_p
             ended = time.time()
             out.clear()
             eventually(partial(_all_complete, swarm), "all trials end", timeout_s=_PATIENCE_S)
-            if not wait_at_most(size(15, 900), lambda: command.process.poll() is not None):
+            if not wait_at_most(size(8, 900), lambda: command.process.poll() is not None):
                 command.process.send_signal(signal.SIGINT)
             assert command.wait(60) in {0, 130}, command.stderr
         proxy.spoil = lambda _method, _path: None
@@ -104,15 +104,18 @@ def test_a_server_that_is_down_at_the_start_and_at_the_end_gets_everything_in_th
 ) -> None:
     """The summary says what MLflow lacks; ``repro-sweep sync`` brings it there."""
     port = free_port()
-    swarm = make_swarm(60, f"sweep.tracking.uri=http://127.0.0.1:{port}", pause_s=0.02, sweep="away")
+    trials = int(size(30, 60))
+    swarm = make_swarm(trials, f"sweep.tracking.uri=http://127.0.0.1:{port}", pause_s=0.02, sweep="away")
     with ExitStack() as stack, swarm.start() as command:
-        command.until(lambda: swarm.count("end") >= 20, "trials run without a server")
+        command.until(lambda: swarm.count("end") >= trials // 3, "trials run without a server")
         swarm.hold("all")
         server = stack.enter_context(mlflow_server(tmp_path / "server", port))
         command.until(lambda: _runs(server), "the server gets what there is")
         stack.close()
         swarm.release()
-        eventually(lambda: swarm.sweep.states()[TrialState.COMPLETE] == 60, "all trials end without a server")
+        eventually(
+            lambda: swarm.sweep.states()[TrialState.COMPLETE] == trials, "all trials end without a server"
+        )
         if size(1, 0):
             command.until(lambda: "MLflow" in command.stderr.splitlines()[-1], "it waits for MLflow")
             command.process.send_signal(signal.SIGINT)
@@ -121,14 +124,14 @@ def test_a_server_that_is_down_at_the_start_and_at_the_end_gets_everything_in_th
     with mlflow_server(tmp_path / "server", port) as server:
         with swarm.command("sync", str(swarm.directory)) as sync:
             synced = sync.wait(300)
-        verdict = swarm.verdict(undisturbed(60), uri=server)
+        verdict = swarm.verdict(undisturbed(trials), uri=server)
     figures(outages=2, **verdict.counted)
     assert code == (130 if size(1, 0) else 0), command.stderr
     assert "MLflow lacks" in said
     assert f"(http://127.0.0.1:{port}" in said
     assert synced == 0, sync.stderr
     assert verdict.wrong == {}, verdict.remarks
-    assert verdict.executions == 60
+    assert verdict.executions == trials
 
 
 def _all_complete(swarm: Swarm) -> bool:
