@@ -71,6 +71,8 @@ def say(word):
     print(word, flush=True)
 
 ledger = Ledger.open(Path(sys.argv[1]))
+if sys.argv[2:] == ["without locks"]:
+    lease._lock = lambda fd: False
 """
 HOLD = """
 lease.Lease.acquire(ledger, "unit")
@@ -91,8 +93,6 @@ say("inside")
 sys.stdin.readline()
 """
 RACE = """
-if sys.argv[2] == "without locks":
-    lease._lock = lambda fd: False
 say("ready")
 sys.stdin.readline()
 try:
@@ -294,7 +294,7 @@ def test_a_holder_on_another_machine_that_does_not_renew_is_waited_for_as_long_a
 @pytest.mark.parametrize("locks", ["with locks", "without locks"])
 def test_of_those_that_take_a_dead_holder_s_lease_at_once_one_gets_it(ledger: Ledger, locks: str) -> None:
     """The others are told who it is; also where the file system has no locks."""
-    with process(ledger, HOLD, says="held") as dead:
+    with process(ledger, HOLD, locks, says="held") as dead:
         pass
     assert dead.wait(60) != 0
     with (

@@ -53,9 +53,14 @@ class Holder:
     locked: bool
 
     @property
+    def was_here(self) -> bool:
+        """Whether it is, or was, a process of this machine; on others a file lock may not be seen."""
+        return self.host == socket.gethostname()
+
+    @property
     def is_here(self) -> bool:
         """Whether it is a process of this machine that still exists."""
-        return self.host == socket.gethostname() and started_at(self.pid) == self.started
+        return self.was_here and started_at(self.pid) == self.started
 
     def describe(self) -> str:
         """The process, its machine, and since when it holds the lease."""
@@ -143,7 +148,7 @@ def holder_of(ledger: Ledger) -> Holder | None:
 
 def is_held(directory: Path, holder: Holder) -> bool:
     """Whether a holder still has its lease, as far as can be told without waiting."""
-    if not _is_fresh(holder) or not holder.locked:
+    if not (_is_fresh(holder) and holder.locked and holder.was_here):
         return _is_fresh(holder)
     with contextlib.suppress(OSError):
         lock = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
@@ -189,7 +194,7 @@ def _lock_soon(lock: int, ledger: Ledger) -> bool:
     deadline = time.monotonic() + _TAKING_S
     while not _lock(lock):
         holder = holder_of(ledger)
-        alive = holder is not None and (holder.host != socket.gethostname() or holder.is_here)
+        alive = holder is not None and (not holder.was_here or holder.is_here)
         if alive or time.monotonic() > deadline:
             return False
         time.sleep(0.02)
@@ -198,7 +203,7 @@ def _lock_soon(lock: int, ledger: Ledger) -> bool:
 
 def _take(ledger: Ledger, name: str, *, locked: bool) -> Holder:
     found = holder_of(ledger)
-    if found is not None and not (locked and found.locked):
+    if found is not None and not (locked and found.locked and found.was_here):
         _await_expiry(ledger, found, name)
     failpoint("lease.before_take")
     if not ledger.begin(_WAIT_S):
@@ -233,10 +238,10 @@ def _await_expiry(ledger: Ledger, found: Holder, name: str) -> None:
     Raises:
         SweepError: it has not.
     """
-    here = found.host == socket.gethostname()
-    if _is_fresh(found) and not (here and not found.is_here):
+    died_here = found.was_here and not found.is_here and not found.locked
+    if _is_fresh(found) and not died_here:
         raise _refusal(found, name)
-    if here:
+    if found.was_here:
         return
     deadline = time.monotonic() + LEASE_S  # clocks differ between machines: see whether it is renewed
     while time.monotonic() < deadline:
