@@ -291,6 +291,21 @@ def test_a_holder_on_another_machine_that_does_not_renew_is_waited_for_as_long_a
     give_back(lease, ledger)
 
 
+def test_a_lock_that_can_be_had_says_nothing_of_a_holder_on_another_machine(ledger: Ledger) -> None:
+    """File systems exist whose locks other machines do not see: only its renewals count."""
+    set_lease(ledger, **{**ELSEWHERE, "locked": True}, renewed=time.time())
+    with pytest.raises(SweepError, match="already running: process 1 on elsewhere"):
+        Lease.acquire(ledger, "unit")
+
+
+def test_a_holder_that_cannot_be_seen_is_alive_while_its_lock_is_held(ledger: Ledger) -> None:
+    """Such as one in another container that has the same name."""
+    with process(ledger, HOLD, says="held"):
+        set_lease(ledger, pid=1, started=1, renewed=time.time(), locked=True)
+        with pytest.raises(SweepError, match="already running: process 1 on"):
+            Lease.acquire(ledger, "unit")
+
+
 @pytest.mark.parametrize("locks", ["with locks", "without locks"])
 def test_of_those_that_take_a_dead_holder_s_lease_at_once_one_gets_it(ledger: Ledger, locks: str) -> None:
     """The others are told who it is; also where the file system has no locks."""
