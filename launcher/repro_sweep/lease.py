@@ -113,9 +113,8 @@ class Lease:
         }
         write_file(self._directory / ADDRESS_NAME, json.dumps(record))
         failpoint("lease.announced")
-        if (
-            before is not None
-        ):  # what a coordinator that was killed has left in the folder for temporary files
+        # what a coordinator that was killed has left in the folder for temporary files
+        if before is not None:
             with contextlib.suppress(OSError):
                 Path(before.socket).unlink()
                 Path(before.socket).parent.rmdir()

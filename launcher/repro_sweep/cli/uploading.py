@@ -25,9 +25,8 @@ async def upload(tracker: TrackerProcess, look: Callable[[], None] = lambda: Non
         while not (await asyncio.wait([uploading], timeout=_LOOK_S))[0]:
             look()
             progress = tracker.progress
-            if (
-                progress.left != left or progress.moved > moved
-            ):  # not when a file is sent again from its beginning
+            # not when a file is sent again from its beginning
+            if progress.left != left or progress.moved > moved:
                 left, moved, since = progress.left, max(moved, progress.moved), time.monotonic()
             elif time.monotonic() - since > PATIENCE_S:
                 return left

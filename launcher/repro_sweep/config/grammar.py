@@ -121,9 +121,8 @@ class Grammar:
         """
         element = _element(value, where)
         term = Term(Transformer.str(element), _plain(element))
-        if isinstance(
-            value, (Mapping, list, tuple)
-        ):  # the grammar has no quoted keys, so not all can be written
+        # the grammar has no quoted keys, so not all can be written
+        if isinstance(value, (Mapping, list, tuple)):
             back = self.parse(f"x={term.text}", where).value()
             if token(back) != token(term.value):
                 raise SpaceError(f"{where}: {value!r} cannot be written in Hydra's override grammar")

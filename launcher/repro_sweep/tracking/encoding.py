@@ -265,9 +265,8 @@ def _failure(trial: Trial, latest: Attempt | None) -> tuple[str, str]:
         return "", ""
     kind = (latest.kind if latest is not None else None) or ""
     message = (latest.message if latest is not None else None) or ""
-    if (
-        is_cancelled(trial) and kind != FailureKind.CANCELLED
-    ):  # while it waited: its last attempt has its own end
+    # while it waited: its last attempt has its own end
+    if is_cancelled(trial) and kind != FailureKind.CANCELLED:
         return FailureKind.CANCELLED, "cancelled while it waited"
     return kind, message
 

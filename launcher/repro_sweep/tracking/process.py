@@ -75,9 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 def _yield_to_trials() -> None:
     """Take a tenth of a trial's share of a busy CPU: enough to follow a sweep, too little to slow it down."""
     os.nice(_NICE)
-    with contextlib.suppress(
-        OSError
-    ):  # Linux may weigh sessions instead of processes: ours is a session of its own
+    # Linux may weigh sessions instead of processes: ours is a session of its own
+    with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(_NICE))
 
 

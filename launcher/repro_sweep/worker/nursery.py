@@ -148,9 +148,8 @@ class Nursery:
         killed = self._process.wait() == -signal.SIGKILL and self._kills < _MOST_KILLS
         with self._lock:
             children, self._children = list(self._children.values()), {}
-            if (
-                not self._ready.is_set() and killed and not self._closing
-            ):  # from outside, while it imported the task
+            # from outside, while it imported the task
+            if not self._ready.is_set() and killed and not self._closing:
                 self._kills += 1
                 self._restart()
             elif not self._ready.is_set():
