@@ -203,7 +203,7 @@ class Coordinator:
         self._keeper = asyncio.create_task(self._watch.run())
         crew = self._crew = Crew(self.spec, executor)
         try:
-            await self._recover()
+            await self.recover()
             while not self._over():
                 self._check()
                 await self._keep_workers(crew)
@@ -469,7 +469,7 @@ class Coordinator:
         failpoint("spool.recorded")
         spool.drop_result(self._directory, kept.worker, kept.attempt)
 
-    async def _recover(self) -> None:
+    async def recover(self) -> None:
         """Take the results that found no coordinator."""
         for kept in spool.results(self._directory):
             failpoint("spool.read")

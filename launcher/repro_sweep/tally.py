@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import Counter
@@ -12,8 +11,6 @@ from repro_sweep.progress import Best, Failure, Meter, Progress
 from repro_sweep.records import Outcome
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
-
-log = logging.getLogger(__name__)
 
 
 class Tally:

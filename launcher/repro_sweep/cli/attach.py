@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repro_sweep.cli.arguments import Parser
+from repro_sweep.cli.main import say
 
 if TYPE_CHECKING:
     from repro_sweep.lease import Holder
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         last = asyncio.run(_watch(directory))
     except KeyboardInterrupt:
         name = reference(directory)
-        _say(f"detached: the sweep goes on; 'repro-sweep cancel {name}' would stop it")
+        say(f"detached: the sweep goes on; 'repro-sweep cancel {name}' would stop it")
         return 130
     return _sum_up(directory, last)
 
@@ -140,17 +140,13 @@ def _sum_up(directory: Path, last: Holder | None) -> int:
         if last is None and not ended:
             raise SweepError(f"nobody runs sweep {name} ({counts}); {resume} goes on with it")
         if last is not None and holder_of(ledger) is not None and not ended:
-            _say(f"{counts}; its coordinator, process {last.pid} on {last.host}, has died")
-            _say(f"what its workers run goes on without it; {resume} takes over")
+            say(f"{counts}; its coordinator, process {last.pid} on {last.host}, has died")
+            say(f"what its workers run goes on without it; {resume} takes over")
             return 1
-        _say(f"sweep {name} has ended" if ended else f"sweep {name} was stopped")
+        say(f"sweep {name} has ended" if ended else f"sweep {name} was stopped")
         complete = show(ledger, directory)
         if not complete:
             print(f"{resume} {'runs again what failed' if ended else 'goes on'}")
         return int(not complete)
     finally:
         ledger.close()
-
-
-def _say(message: str) -> None:
-    print(f"repro-sweep: {message}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repro_sweep.cli.arguments import Parser, trial_numbers
+from repro_sweep.cli.main import say
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,7 +36,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def _stop(directory: Path) -> int:
     from repro_sweep.cli import cancelling, contact, finding, summary
-    from repro_sweep.cli.session import say
     from repro_sweep.ledger import Ledger
 
     name = finding.reference(directory)
@@ -67,7 +67,6 @@ def _stop(directory: Path) -> int:
 
 def _cancel_trials(directory: Path, trials: tuple[int, ...]) -> int:
     from repro_sweep.cli import cancelling, contact, finding
-    from repro_sweep.cli.session import say
     from repro_sweep.ledger import Ledger
     from repro_sweep.states import TrialState
 

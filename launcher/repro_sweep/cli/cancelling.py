@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from repro_sweep import protocol, spool
+from repro_sweep import protocol
 from repro_sweep.cli import contact
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.errors import SweepError
@@ -80,9 +80,7 @@ async def _serve(
 
 async def _cancel(coordinator: Coordinator, directory: Path, trials: tuple[int, ...]) -> None:
     """Cancel trials and leave all others alone: workers come, are told what to stop, and go on without us."""
-    for kept in spool.results(directory):
-        await coordinator.finish(kept)
-        spool.drop_result(directory, kept.worker, kept.attempt)
+    await coordinator.recover()
     await coordinator.cancel(protocol.Cancel(trials=trials))
     workers = executors.create(coordinator.spec)
     deadline = time.monotonic() + _KILL_S

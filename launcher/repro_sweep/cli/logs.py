@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from repro_sweep.cli.arguments import Parser, at_least
+from repro_sweep.cli.main import say
 
 if TYPE_CHECKING:
     from repro_sweep.ledger import Ledger
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         check_trials(ledger, [number])
         if "/" not in args.trial:
-            _say(f"trial {number} of sweep {reference(directory)}")
+            say(f"trial {number} of sweep {reference(directory)}")
         return _Log(ledger, number).show(args.lines, follow=args.follow)
     finally:
         ledger.close()
@@ -81,7 +82,7 @@ class _Log:
     def show(self, lines: int | None, *, follow: bool) -> int:
         """Print it; returns the exit status."""
         if not self._path.exists():
-            _say(self._why_none())
+            say(self._why_none())
             if not follow or not self._comes():
                 return 1
         out = sys.stdout.buffer
@@ -110,7 +111,7 @@ class _Log:
                 ended, looked = self._ended(), time.monotonic()
                 if not (ended or warned) and not self._has_coordinator():
                     warned = True
-                    _say(f"no coordinator runs the sweep, which {self._how_to_go_on()}; Ctrl-C ends this")
+                    say(f"no coordinator runs the sweep, which {self._how_to_go_on()}; Ctrl-C ends this")
             _copy(file, out)
             if not ended:
                 time.sleep(_READ_EVERY_S)
@@ -164,7 +165,3 @@ def _copy(file: BinaryIO, out: BinaryIO) -> None:
     while data := file.read(_CHUNK):
         out.write(data)
     out.flush()
-
-
-def _say(message: str) -> None:
-    print(f"repro-sweep: {message}", file=sys.stderr, flush=True)

@@ -90,10 +90,15 @@ def _no_command(word: str) -> str:
     return f"'{word}' is not a command ({', '.join(COMMANDS)}), and an override contains '='{hint}"
 
 
+def say(message: str) -> None:
+    """One line to the user, beside what a command prints."""
+    print(f"repro-sweep: {message}", file=sys.stderr, flush=True)
+
+
 def fail(message: str) -> int:
     """Print a mistake of the user's; returns the exit status for it."""
     for line in message.splitlines():
-        print(f"repro-sweep: {line}", file=sys.stderr)
+        say(line)
     return 2
 
 

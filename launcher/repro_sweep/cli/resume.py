@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repro_sweep.cli.arguments import Parser, trial_numbers
+from repro_sweep.cli.main import say
 
 if TYPE_CHECKING:
     from repro_sweep.ledger import Ledger
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _has_nothing_left(directory: Path, named: Sequence[int]) -> bool:
     """Check that the sweep can go on; show it if it is finished."""
-    from repro_sweep.cli import session, summary
+    from repro_sweep.cli import summary
     from repro_sweep.cli.finding import check_place, is_finished, reference
     from repro_sweep.executors import base as executors
     from repro_sweep.ledger import Ledger
@@ -55,7 +56,7 @@ def _has_nothing_left(directory: Path, named: Sequence[int]) -> bool:
             return False
         cancelled = len(ledger.cancelled)
         some = f" ({cancelled} cancelled: name those that shall run after all)" if cancelled else ""
-        session.say(f"sweep {reference(directory)} is finished; nothing to run{some}")
+        say(f"sweep {reference(directory)} is finished; nothing to run{some}")
         summary.show(ledger, directory)
         return True
     finally:
@@ -88,7 +89,7 @@ def _run(directory: Path, named: Sequence[int]) -> int:
         ledger.update_spec(_with_code_of_today(ledger.spec))
         ledger.requeue([*failed(ledger), *ledger.cancelled.intersection(named)])
         ledger.commit()
-        session.say(f"resumed: {summary.tally(ledger)}")
+        say(f"resumed: {summary.tally(ledger)}")
 
     return session.run(ledger, ledger.spec.name, record)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 
+from repro_sweep.cli.main import say
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.errors import LeaseLostError, ReproSweepError
 from repro_sweep.sweep import SweepSpec
@@ -39,18 +39,14 @@ async def _reuse(spec: SweepSpec, coordinator: Coordinator, tracker: TrackerProc
     except LeaseLostError:  # the coordinator says so itself
         return
     except ReproSweepError as error:
-        _say(f"results of other sweeps are not reused, MLflow could not be asked: {error}")
+        say(f"results of other sweeps are not reused, MLflow could not be asked: {error}")
         return
     if count:
         total = sum(coordinator.progress().counts.values())
         sweeps = [name for name, _ in Counter(each.origin for each in search.result().values()).most_common()]
         names = ", ".join(sweeps[:_SHOWN_SWEEPS]) + (", …" if len(sweeps) > _SHOWN_SWEEPS else "")
         one = len(sweeps) == 1
-        _say(
+        say(
             f"{count} of {total} trials are done in {'another sweep' if one else 'other sweeps'} with the same code"
             f" ({names}): their results are reused; sweep.reuse=false runs them"
         )
-
-
-def _say(message: str) -> None:
-    print(f"repro-sweep: {message}", file=sys.stderr, flush=True)

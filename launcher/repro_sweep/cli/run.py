@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from repro_sweep import task
 from repro_sweep.cli import plan as planning
 from repro_sweep.cli import session
-from repro_sweep.cli.main import fail
-from repro_sweep.cli.session import INTERRUPTED, say
+from repro_sweep.cli.main import fail, say
+from repro_sweep.cli.session import INTERRUPTED
 from repro_sweep.cli.sweep import command_line, named_by_sweep
 from repro_sweep.errors import ReproSweepError, SweepError
 from repro_sweep.ledger import FILE_NAME, Ledger

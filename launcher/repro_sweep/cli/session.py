@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from repro_sweep import protocol
 from repro_sweep.cli.display import Display
+from repro_sweep.cli.main import say
 from repro_sweep.cli.reusing import reusing
 from repro_sweep.cli.summary import summarise
 from repro_sweep.cli.uploading import upload
@@ -136,8 +136,3 @@ class _Session:
         self._coordinator.stop()
         if self._uploading is not None:
             self._uploading.cancel()
-
-
-def say(message: str) -> None:
-    """One line to the user while the sweep runs."""
-    print(f"repro-sweep: {message}", file=sys.stderr, flush=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repro_sweep.cli.arguments import Parser
+from repro_sweep.cli.main import say
 
 if TYPE_CHECKING:
     from repro_sweep.tracking.base import Progress
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         if holder is not None:
             progress = contact.ask_progress(directory, holder)
             left = "" if progress is None else f": {runs(progress.not_tracked)} on the way"
-            _say(f"sweep {name} is running, {holder.describe()}, and does this itself{left}")
+            say(f"sweep {name} is running, {holder.describe()}, and does this itself{left}")
             return 0
         check_place(directory, ledger)
     finally:
@@ -66,11 +66,11 @@ def _sync(directory: Path, name: str, uri: str) -> int:
     except KeyboardInterrupt:
         interrupted, left = True, max(1, tracker.progress.left)
     if not left:
-        _say(f"MLflow has all of sweep {name} ({uri})")
+        say(f"MLflow has all of sweep {name} ({uri})")
         return 0
     error = tracker.progress.error
     why = f": {error}" if error else ""
-    _say(f"MLflow still lacks {runs(left)} of sweep {name} ({uri}{why}); see {directory / LOG_NAME}")
+    say(f"MLflow still lacks {runs(left)} of sweep {name} ({uri}{why}); see {directory / LOG_NAME}")
     return 130 if interrupted else 1
 
 
@@ -85,7 +85,7 @@ async def _upload(tracker: TrackerProcess) -> int:
         nonlocal said, due
         progress = tracker.progress
         if time.monotonic() >= due and progress != said:
-            _say(f"{runs(progress.left)} to go" + (f": {progress.error}" if progress.error else ""))
+            say(f"{runs(progress.left)} to go" + (f": {progress.error}" if progress.error else ""))
             said, due = progress, time.monotonic() + _SAY_EVERY_S
 
     await tracker.start()
@@ -93,7 +93,3 @@ async def _upload(tracker: TrackerProcess) -> int:
         return await upload(tracker, look)
     finally:
         await tracker.kill()
-
-
-def _say(message: str) -> None:
-    print(f"repro-sweep: {message}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from repro_sweep import machine
 from repro_sweep.errors import SweepError
 from repro_sweep.executors.base import Context, Executor, WorkerState, WorkerStatus
 from repro_sweep.lease import started_at
-from repro_sweep.spool import write_file
+from repro_sweep.spool import worker_directory, write_file
 
 _RECORD = "worker.json"
 _KILL_S = 5.0
@@ -91,7 +91,7 @@ class LocalExecutor(Executor):
 
     def _start(self) -> str:
         worker = f"local-{uuid.uuid4().hex[:8]}"
-        directory = Path(self._context.spec.directory) / "workers" / worker
+        directory = worker_directory(Path(self._context.spec.directory), worker)
         directory.mkdir(parents=True, mode=0o700)
         command = [sys.executable, "-P", "-m", "repro_sweep.worker.agent", "--worker", worker]
         command += ["--directory", self._context.spec.directory, "--socket", self._context.socket]
