@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 from getpass import getuser
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -96,6 +97,75 @@ class Limits(Record):
     min_free_mb: float = 100.0
 
 
+class Objective(Record):
+    """A metric to be made as large or as small as possible."""
+
+    metric: str
+    direction: Direction
+
+
+class Constraint(Record):
+    """What a metric must satisfy for its point to be feasible: ``metric <= bound``, or ``metric >= bound``."""
+
+    metric: str
+    operator: Literal["<=", ">="]
+    bound: float
+
+    def violation(self, value: float) -> float:
+        """By how much a value misses the bound, as Optuna counts it: greater than 0 if it does."""
+        return value - self.bound if self.operator == "<=" else self.bound - value
+
+
+class Chosen(Record):
+    """One option of a config group, such as ``sweep/pruner=median``: its name and its typed options."""
+
+    name: str
+    options: dict[str, object] = {}
+
+
+class SpaceSpec(Record):
+    """What ``config.space.Space`` is made from: the parts of the sweep's file and the task's overrides, as given."""
+
+    params: object = None
+    zip: list[list[str]] = []
+    exclude: list[dict[str, object]] = []
+    repeats: dict[str, object] = {}
+    overrides: tuple[str, ...] = ()
+    hydra_params: dict[str, object] | None = None
+
+
+class Budget(Record):
+    """What ends a search: whatever is reached first; running trials finish.
+
+    ``trials`` counts all trials, each repeat of a point for one; ``hours`` is the time in which the sweep ran;
+    ``target`` is a value of the first objective; ``plateau`` is how many points may follow each other without a better
+    value.
+    """
+
+    trials: int | None = None
+    hours: float | None = None
+    target: float | None = None
+    plateau: int | None = None
+
+
+class SearchSpec(Record):
+    """How a search chooses its points.
+
+    ``seed`` is never missing: one that was not given was drawn at submission. ``enqueue`` are points to try first, by
+    key. ``custom_search_space`` is the dotted name of a function ``(config, optuna.trial.Trial)`` that adds parameters.
+    """
+
+    sampler: Chosen
+    seed: int
+    space: SpaceSpec
+    budget: Budget
+    enqueue: tuple[dict[str, object], ...] = ()
+    start_from: tuple[str, ...] = ()
+    repeats_pruner: Chosen | None = None
+    constraints: tuple[Constraint, ...] = ()
+    custom_search_space: str | None = None
+
+
 class Origin(Record):
     """Who submitted the sweep, where and from what."""
 
@@ -122,7 +192,8 @@ class SweepSpec(Record):
     ``directory`` is absolute. ``metric`` is None when the sweep names none. ``executor`` holds the options of the
     executor named ``executor_name``. ``repeats`` are the keys over which results are averaged. ``created_at`` is
     seconds UTC. ``code`` is a fingerprint of the project's Python files; ``reuse``: take over what other sweeps in the
-    same MLflow store have of the same points and the same code.
+    same MLflow store have of the same points and the same code. ``objectives`` are set where there are several, the
+    first one being ``metric``. ``search`` is None for a grid. ``pruner`` ends trials that are not worth going on with.
     """
 
     sweep_id: str
@@ -145,11 +216,19 @@ class SweepSpec(Record):
     limits: Limits = Limits()
     code: str = ""
     reuse: bool = True
+    objectives: tuple[Objective, ...] = ()
+    search: SearchSpec | None = None
+    pruner: Chosen | None = None
 
     @property
     def ranked_by(self) -> str:
         """The metric that trials are ranked by: ``metric``, or the name that a plain number gets without one."""
         return self.metric or UNNAMED_METRIC
+
+    @property
+    def all_objectives(self) -> tuple[Objective, ...]:
+        """The objectives, at least one."""
+        return self.objectives or (Objective(metric=self.ranked_by, direction=self.direction),)
 
     def trial_directory(self, directory: str) -> Path:
         """Absolute path of a trial's directory, from the ``directory`` that the ledger holds for it."""

@@ -56,13 +56,26 @@ class RetriesConf:
 
 
 @dataclass
+class BudgetConf:
+    """What ends a search, whatever is reached first: trials, hours, a value of the metric, points without a better one."""
+
+    trials: int | None = None
+    hours: float | None = None
+    target: float | None = None
+    plateau: int | None = None
+
+
+@dataclass
 class SweepConf:
     """The options of a sweep, as ``docs/sweep.md`` explains them."""
 
+    defaults: list[Any] = field(
+        default_factory=lambda: ["_self_", {"pruner": "none"}, {"repeats_pruner": "none"}]
+    )
     name: str | None = None
     task: str | None = None
-    metric: str | None = None
-    direction: str | None = None
+    metric: Any = None
+    direction: Any = None
     params: Any = None
     zip: list[list[str]] = field(default_factory=list)
     exclude: list[dict[str, Any]] = field(default_factory=list)
@@ -71,6 +84,13 @@ class SweepConf:
     tracking: TrackingConf = field(default_factory=TrackingConf)
     sampler: Any = MISSING
     executor: Any = MISSING
+    pruner: Any = None
+    repeats_pruner: Any = None
+    budget: BudgetConf = field(default_factory=BudgetConf)
+    start_from: list[str] = field(default_factory=list)
+    enqueue: list[dict[str, Any]] = field(default_factory=list)
+    constraints: list[str] = field(default_factory=list)
+    custom_search_space: str | None = None
     max_failures: int | None = None
     log_limit_mb: float = 20.0
     retries: RetriesConf = field(default_factory=RetriesConf)

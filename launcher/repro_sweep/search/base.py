@@ -9,12 +9,13 @@ ConfigStore), and ``SEARCHER``, its class. Nothing here may import Hydra, Optuna
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from typing import Protocol
 
 from repro_sweep import plugins
 from repro_sweep.errors import SpaceError
-from repro_sweep.points import Point
+from repro_sweep.points import Choose, Parameter, Point, Scalar
 from repro_sweep.states import TrialState
 
 ENTRY_POINT_GROUP = "repro_sweep.searchers"
@@ -43,6 +44,76 @@ class Searcher(ABC):
 
         ``number`` counts the points that :meth:`ask` returned, from 0. A trial is told once, in any order.
         """
+
+
+class SearchSpace(Protocol):
+    """What a search needs of a space (``config.space.Space``)."""
+
+    def parameters(self) -> Sequence[Parameter]:
+        """All that a sampler can choose, whatever it depends on."""
+
+    def draw(self, choose: Choose) -> tuple[Point, ...]:
+        """The point that results from choosing each parameter that exists, once for each repeat; empty if excluded."""
+
+    def assign(self, params: Mapping[str, object]) -> dict[str, Scalar] | None:
+        """The values, by the names of parameters, of the point with these params; None where the space has it not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """What a search asks for.
+
+    ``values`` are those that it chose, by the names of parameters. ``points`` are what to run: one for each repeat;
+    none where the space excludes what was chosen (it counts as failed, and needs no :meth:`Search.tell`).
+    """
+
+    values: Mapping[str, Scalar]
+    points: tuple[Point, ...]
+
+
+class Search(ABC):
+    """Suggests one point after the other, from what became of the earlier ones.
+
+    It lives in a process of its own and is called from one thread. Suggestions are counted from 0, the same number
+    for all repeats of a point. Its state is a function of the calls made to it, in their order: a process that makes
+    the calls again, with :meth:`restore` in place of :meth:`ask`, goes on with the same suggestions.
+    """
+
+    @abstractmethod
+    def ask(self) -> Suggestion | None:
+        """The next suggestion, None if there is none any more."""
+
+    @abstractmethod
+    def restore(self, values: Mapping[str, Scalar]) -> Suggestion:
+        """The next suggestion has been made before, and was this one.
+
+        Raises:
+            SpaceError: the space does not have it.
+        """
+
+    @abstractmethod
+    def tell(
+        self, number: int, state: TrialState, values: Sequence[float] | None, violations: Sequence[float] = ()
+    ) -> None:
+        """Suggestion ``number`` came to ``state``; a later call replaces an earlier one.
+
+        Args:
+            number: of the suggestion.
+            state: COMPLETE, PRUNED or FAIL.
+            values: one for each objective, None where there are none; of a pruned one, its last value if it has any.
+            violations: one for each constraint, greater than 0 where it is violated.
+        """
+
+    @abstractmethod
+    def report(self, number: int, step: int, value: float) -> None:
+        """The first objective's value at a step of suggestion ``number``."""
+
+    @abstractmethod
+    def should_prune(self, number: int) -> bool:
+        """Whether suggestion ``number`` is not worth going on with, by what was reported."""
+
+    def learn(self, values: Mapping[str, Scalar], state: TrialState, objectives: Sequence[float]) -> None:  # noqa: B027
+        """Something that is known from elsewhere, before the first suggestion; a search may ignore it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
