@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import front_door, launching
+from benchmarks import front_door, launching, quality, search_slots
 from benchmarks.harness import BenchmarkError
 from benchmarks.report import Table, markdown
 
@@ -24,11 +24,15 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "noop": launching.noop,
     "sleep": launching.sleep,
     "slow_server": launching.slow_server,
+    "search_slots": search_slots.slots,
+    "search_handout": search_slots.handout,
+    "search_quality": quality.quality,
 }
 _PACKAGES = (
     "repro-sweep",
     "hydra-core",
     "omegaconf",
+    "optuna",
     "hydra-joblib-launcher",
     "joblib",
     "ray",

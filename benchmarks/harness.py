@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.spans import Span
+
 TIMEOUT_S = 900.0
 _POLL_S = 0.25
 _STAMPS = "BENCHMARK_STAMPS"
@@ -34,7 +36,7 @@ def train(cfg):
     {body}
     with open(os.environ["{stamps}"], "a") as file:
         file.write(f"{{started}} {{time.time()}}\\n")
-    return {{"value": float(cfg.x)}}
+    return {{"value": float({value})}}
 '''
 _APP = """\
 from pathlib import Path
@@ -53,7 +55,7 @@ _CONF = {
     "trainer/short": "{epochs: 20, batch_size: 32, clip: 1.0, patience: 5}",
 }
 _SWEEP = """\
-defaults: [base_sweep, sampler: grid, executor: local, _self_]
+defaults: [base_sweep, sampler: {sampler}, executor: local, _self_]
 name: bench
 task: task.train
 metric: value
@@ -90,11 +92,22 @@ class Times:
 class Project:
     """A Hydra application in a folder of its own, which runs under our front door and under plain Hydra."""
 
-    def __init__(self, folder: Path, *, params: str = "{}", imports: str = "", body: str = "pass") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        params: str = "{}",
+        imports: str = "",
+        body: str = "pass",
+        value: str = "cfg.x",
+        sampler: str = "grid",
+        conf: str = "",
+    ) -> None:
         self.folder = folder
         files = {f"conf/{name}.yaml": text for name, text in _CONF.items()}
-        files["conf/sweep/bench.yaml"] = _SWEEP.format(params=params)
-        files["task.py"] = _TASK.format(imports=imports, body=body, stamps=_STAMPS)
+        files["conf/config.yaml"] += conf
+        files["conf/sweep/bench.yaml"] = _SWEEP.format(params=params, sampler=sampler)
+        files["task.py"] = _TASK.format(imports=imports, body=body, value=value, stamps=_STAMPS)
         files["app.py"] = _APP
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -102,19 +115,40 @@ class Project:
         self._stamps = folder / "stamps.txt"
         self._ledger = folder / "multirun/bench/ledger.db"
 
-    def peer(self, command: Sequence[str], trials: int, timeout_s: float = TIMEOUT_S) -> Times:
-        """Run another system's command here, which runs ``trials`` trials of the task."""
+    def peer(
+        self,
+        command: Sequence[str],
+        trials: int,
+        timeout_s: float = TIMEOUT_S,
+        python: str | Path = sys.executable,
+    ) -> Times:
+        """Run another system's command here with its Python; it runs ``trials`` trials of the task."""
         self._stamps.unlink(missing_ok=True)
-        with self._started([sys.executable, *command]) as process:
+        began = time.time()
+        with self._started([str(python), *command]) as process:
             try:
                 status = process.wait(timeout_s)
             except subprocess.TimeoutExpired:
                 raise self._failed("not over in time") from None
             if status != 0:
                 raise self._failed(f"status {status}")
-        return Times(trials=trials, makespan_s=self._stamped(trials))
+        ended = time.time()
+        spans = self.stamps(trials)
+        return Times(
+            trials=trials,
+            makespan_s=_makespan(spans),
+            first_start_s=min(span.started_s for span in spans) - began,
+            after_s=ended - max(span.ended_s for span in spans),
+        )
 
-    def sweep(self, trials: int, *overrides: str, upload: bool = True, only_start: bool = False) -> Times:
+    def sweep(
+        self,
+        trials: int,
+        *overrides: str,
+        upload: bool = True,
+        only_start: bool = False,
+        stamped: int | None = None,
+    ) -> Times:
         """Run the sweep through our front door.
 
         Args:
@@ -122,6 +156,7 @@ class Project:
             overrides: of the command line, behind ``+sweep=bench``.
             upload: wait until MLflow has everything; else interrupt that.
             only_start: interrupt as soon as a trial has started.
+            stamped: how many run this time, where some have before.
         """
         self._stamps.unlink(missing_ok=True)
         began, peak = time.time(), 0.0
@@ -143,7 +178,7 @@ class Project:
             )
         return Times(
             trials=trials,
-            makespan_s=0.0 if only_start else self._stamped(trials),
+            makespan_s=0.0 if only_start else _makespan(self.stamps(stamped or trials)),
             ledger_s=last - first,
             first_start_s=first - began,
             after_s=ended - last,
@@ -197,16 +232,38 @@ class Project:
         except sqlite3.OperationalError:
             return 0
 
-    def _stamped(self, trials: int) -> float:
+    def stamps(self, trials: int) -> list[Span]:
+        """When each trial of the last run began and ended, by the tasks' own stamps."""
         lines = self._stamps.read_text(encoding="utf-8").splitlines() if self._stamps.exists() else []
         if len(lines) != trials:
             raise self._failed(f"{len(lines)} of {trials} trials left their stamps")
-        stamps = [tuple(map(float, line.split())) for line in lines]
-        return max(end for _, end in stamps) - min(start for start, _ in stamps)
+        pairs = [tuple(map(float, line.split())) for line in lines]
+        return [Span(started_s=start, ended_s=end) for start, end in pairs]
+
+    def ledger(self) -> list[Span]:
+        """When each attempt was handed out, and when its end was recorded."""
+        with contextlib.closing(_read_only(self._ledger)) as db:
+            rows = db.execute("SELECT trial, worker, slot, started_at, ended_at FROM attempts").fetchall()
+        return [
+            Span(trial=trial, slot=f"{worker}/{slot}", started_s=start, ended_s=end)
+            for trial, worker, slot, start, end in rows
+        ]
 
     def _failed(self, why: str) -> BenchmarkError:
         output = (self.folder / "output.txt").read_text(errors="replace")
         return BenchmarkError(f"{self.folder}: {why}\n{output[-3000:]}")
+
+
+def _makespan(spans: Sequence[Span]) -> float:
+    return max(span.ended_s for span in spans) - min(span.started_s for span in spans)
+
+
+def cache() -> Path:
+    """Where what takes long to make is kept from run to run."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "repro-sweep-benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def front_door() -> list[str]:

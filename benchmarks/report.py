@@ -34,7 +34,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A benchmark's result. Ratios refer to the row called :data:`OURS` and to ``ideal``, the physical bound."""
+    """A benchmark's result. Ratios refer to the row called :data:`OURS` and to ``ideal``, the physical bound.
+
+    Where one figure for each system is not enough, ``grid`` is shown instead: a header and lines of the same length.
+    """
 
     title: str
     text: str
@@ -43,6 +46,7 @@ class Table:
     ideal: float | None = None
     ideal_is: str = ""
     targets: Sequence[Target] = field(default_factory=tuple)
+    grid: Sequence[Sequence[str]] = ()
 
 
 def number(value: float) -> str:
@@ -55,6 +59,13 @@ def number(value: float) -> str:
 
 def markdown(table: Table) -> str:
     """The table with its text and its targets."""
+    shown = _grid(table.grid[0], table.grid[1:]) if table.grid else _rows(table)
+    parts = [f"## {table.title}", table.text, shown]
+    parts += ["\n".join(_verdict(target) for target in table.targets)] if table.targets else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(table: Table) -> str:
     ours = next((row.value for row in table.rows if row.system == OURS), None)
     header = ["system", table.unit, f"/ {OURS}"]
     lines: list[list[str]] = []
@@ -74,9 +85,7 @@ def markdown(table: Table) -> str:
         header.append("remarks")
         notes = [""] * (table.ideal is not None) + [row.note for row in table.rows]
         lines = [[*cells, note] for cells, note in zip(lines, notes, strict=True)]
-    parts = [f"## {table.title}", table.text, _grid(header, lines)]
-    parts += ["\n".join(_verdict(target) for target in table.targets)] if table.targets else []
-    return "\n\n".join(parts) + "\n"
+    return _grid(header, lines)
 
 
 def _verdict(target: Target) -> str:

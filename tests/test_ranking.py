@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
+import json
 import math
+import random
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,12 +28,23 @@ from tracking_helpers import (
     start,
 )
 
+from repro_sweep.cli import rank as command
+from repro_sweep.cli import summary
 from repro_sweep.errors import TrackingError
 from repro_sweep.ledger import Ledger
-from repro_sweep.ranking import best_trial, leaderboard, rank, trials
+from repro_sweep.ranking import best_trial, leaderboard, pareto_front, rank, trials
 from repro_sweep.records import NewReport
-from repro_sweep.standings import Entry, Row, columns, rank_points, usual_direction
+from repro_sweep.standings import (
+    Entry,
+    Row,
+    columns,
+    front_of,
+    non_dominated_fronts,
+    rank_points,
+    usual_direction,
+)
 from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.sweep import Budget, Chosen, Constraint, Objective, SearchSpec, SpaceSpec
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"  # MLflow's own use of SQLAlchemy
@@ -140,6 +156,122 @@ def test_losses_errors_and_times_are_minimised_unless_told_otherwise(
     metric: str, direction: Direction
 ) -> None:
     assert usual_direction(metric) is direction
+
+
+# --- several objectives, constraints ---------------------------------------------------------------------------
+
+
+def both(number: int, first: float, second: float, *, limit: float | None = None) -> Entry:
+    """A trial with values of two objectives, and of a metric with a constraint."""
+    return Entry(
+        number=number, params={"point": chr(97 + number)}, state=TrialState.COMPLETE, value=first, more=(second,),
+        constrained=(limit,),
+    )  # fmt: skip
+
+
+def slow_fronts(points: list[tuple[float, ...]]) -> list[int]:
+    """Non-dominated sorting as it is defined."""
+
+    def dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+        return one != other and all(mine <= its for mine, its in zip(one, other, strict=True))
+
+    fronts = [0] * len(points)
+    left, front = set(range(len(points))), 0
+    while left:
+        first = {each for each in left if not any(dominates(points[other], points[each]) for other in left)}
+        for each in first:
+            fronts[each] = front
+        left -= first
+        front += 1
+    return fronts
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+def test_fronts_are_those_of_the_definition_with_ties_and_equal_points(objectives: int) -> None:
+    chance = random.Random(objectives)
+    for size in (0, 1, 2, 60):
+        for spread in (1, 5, 1000):
+            points = [
+                tuple(float(chance.randint(-spread, spread)) for _ in range(objectives)) for _ in range(size)
+            ]
+            assert non_dominated_fronts(points) == slow_fronts(points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objectives", [2, 3])
+def test_ten_thousand_points_are_sorted_within_seconds(objectives: int) -> None:
+    chance = random.Random(1)
+    for points in (
+        [tuple(chance.random() for _ in range(objectives)) for _ in range(10_000)],
+        [(float(index),) * objectives for index in range(10_000)],  # a front for each
+    ):
+        began = time.process_time()
+        fronts = non_dominated_fronts(points)
+        assert time.process_time() - began < 20
+        assert len(fronts) == 10_000
+    assert fronts == list(range(10_000))
+
+
+def test_the_pareto_front_comes_first_and_each_front_has_one_rank() -> None:
+    entries = [
+        both(0, 0.9, 50), both(1, 0.8, 10), both(2, 0.7, 20), both(3, 0.95, 80), both(4, 0.6, 60), both(5, 0.8, 10),
+    ]  # fmt: skip
+    rows = rank_points(entries, MAXIMIZE, more=[MINIMIZE])
+    assert [(str(row.params["point"]), row.rank) for row in rows] == [
+        ("d", 1), ("a", 1), ("b", 1), ("f", 1), ("c", 2), ("e", 3),
+    ]  # fmt: skip
+    assert rows[0].means == (0.95, 80)
+    assert order(rank_points(entries, MINIMIZE, more=[MAXIMIZE])) == "ed" + "ca" + "bf"
+    assert order(front_of(rows)) == "dabf"
+
+
+def test_a_point_that_lacks_an_objective_has_no_rank() -> None:
+    entries = [
+        both(0, 0.9, 50),
+        both(1, 0.99, math.nan),
+        dataclasses.replace(both(2, 0.99, 0), more=(None,)),
+        dataclasses.replace(both(3, 0.99, 0), state=TrialState.PRUNED),
+    ]
+    rows = rank_points(entries, MAXIMIZE, more=[MINIMIZE])
+    assert [row.rank for row in rows] == [1, None, None, None]
+    assert order(rows) == "abcd"
+    assert rows[2].means == (None, None)
+    assert rows[3].last == (0.99,)
+
+
+LIMIT = Constraint(metric="latency_ms", operator="<=", bound=50)
+
+
+def test_infeasible_points_are_ranked_after_all_feasible_ones_and_say_why() -> None:
+    entries = [
+        both(0, 0.9, 0, limit=61.25), both(1, 0.5, 0, limit=50), both(2, 0.7, 0, limit=None),
+        both(3, 0.8, 0, limit=math.nan), both(4, 0.6, 0, limit=1),
+    ]  # fmt: skip
+    rows = rank_points(
+        [dataclasses.replace(each, more=()) for each in entries], MAXIMIZE, constraints=[LIMIT]
+    )
+    assert order(rows) == "eb" + "adc"
+    assert [row.rank for row in rows] == [1, 2, 3, 4, 5]
+    assert [row.infeasible for row in rows] == [
+        (), (), ("latency_ms 61.25 > 50",), ("latency_ms nan",), ("no latency_ms",),
+    ]  # fmt: skip
+    assert [row.violations for row in rows] == [(-49,), (0,), (11.25,), (math.inf,), (math.inf,)]
+    fronts = rank_points(entries, MAXIMIZE, more=[MINIMIZE], constraints=[LIMIT])
+    assert [(str(row.params["point"]), row.rank) for row in fronts] == [
+        ("e", 1), ("b", 2), ("a", 3), ("d", 4), ("c", 5),
+    ]  # fmt: skip
+
+
+def test_a_constraint_is_about_the_mean_over_repeats() -> None:
+    repeats = [
+        both(0, 1.0, 0, limit=60),
+        dataclasses.replace(both(1, 1.0, 0, limit=30), params={"point": "a"}),
+    ]
+    (row,) = rank_points(repeats, MAXIMIZE, more=[MINIMIZE], constraints=[LIMIT])
+    assert (row.infeasible, row.violations, row.n) == ((), (-5.0,), 2)
+    least = Constraint(metric="latency_ms", operator=">=", bound=46)
+    (row,) = rank_points(repeats, MAXIMIZE, more=[MINIMIZE], constraints=[least])
+    assert row.infeasible == ("latency_ms 45 < 46",)
 
 
 # --- read from MLflow -------------------------------------------------------------------------------------------
@@ -307,6 +439,136 @@ def test_a_server_that_is_down_is_one_line_within_seconds(monkeypatch: pytest.Mo
         trials("grid", uri="http://127.0.0.1:9")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+OBJECTIVES = (
+    Objective(metric="accuracy", direction=MAXIMIZE),
+    Objective(metric="latency_ms", direction=MINIMIZE),
+)
+
+
+@pytest.fixture(scope="module")
+def searches(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> str:
+    """Sweeps with two objectives, with and without a constraint."""
+    folder = tmp_path_factory.mktemp("objectives")
+    uri = f"sqlite:///{shutil.copy(empty_store, folder)}"
+    limits = {"free": None, "limited": 50.0, "hopeless": 1.0}
+    for name, bound in limits.items():
+        constraints = () if bound is None else (Constraint(metric="latency_ms", operator="<=", bound=bound),)
+        search = SearchSpec(
+            sampler=Chosen(name="nsgaii"), seed=1, space=SpaceSpec(), budget=Budget(), constraints=constraints
+        )
+        ledger = make_ledger(
+            folder / name, uri, name=name, objectives=OBJECTIVES, search=search, sampler="nsgaii"
+        )
+        for number, (accuracy, latency) in enumerate([(0.9, 61), (0.8, 40), (0.7, 45), (0.6, 10), (0.5, 99)]):
+            add_trial(ledger, number, {"lr": number})
+            run_trial(ledger, number, {"accuracy": accuracy, "latency_ms": latency})
+        add_trial(ledger, 5, {"lr": 5})
+        end(ledger, 5, start(ledger, 5), {"accuracy": 0.31}, state=TrialState.PRUNED)
+        ledger.close()
+        drain(folder / name)
+    return uri
+
+
+def test_several_objectives_are_ranked_by_their_pareto_front(searches: str) -> None:
+    ranking = rank("free", uri=searches)
+    assert ranking.objectives == OBJECTIVES
+    assert ranking.front == 3
+    assert [(row.trials[0], row.rank) for row in ranking.rows] == [
+        (0, 1), (1, 1), (3, 1), (2, 2), (4, 3), (5, None),
+    ]  # fmt: skip
+    frame = leaderboard("free", uri=searches)
+    columns = ["rank", "lr", "accuracy", "accuracy_std", "latency_ms", "latency_ms_std", "n", "trials"]
+    assert list(frame.columns) == [*columns, "waiting", "running", "complete", "pruned", "fail"]
+    assert frame["latency_ms"].to_list()[:5] == [61, 40, 10, 45, 99]
+    assert [trial.number for trial in pareto_front("free", uri=searches)] == [0, 1, 3]
+    assert [trial.number for trial in pareto_front("limited", uri=searches)] == [1, 3]
+
+
+def test_one_metric_of_several_ranks_alone_with_its_own_direction(searches: str) -> None:
+    ranking = rank("free", metric="latency_ms", uri=searches)
+    assert [(each.metric, each.direction) for each in ranking.objectives] == [("latency_ms", MINIMIZE)]
+    assert [row.rank for row in ranking.rows] == [1, 2, 3, 4, 5, None]
+    assert [row.trials[0] for row in ranking.rows] == [3, 1, 2, 0, 4, 5]
+    assert best_trial("free", metric="accuracy", uri=searches).number == 0
+    with pytest.raises(
+        TrackingError, match=r"several objectives; choose one with metric=… \(accuracy, latency_ms\)"
+    ):
+        best_trial("free", uri=searches)
+    with pytest.raises(TrackingError, match="direction: sweep 'free' has several objectives"):
+        rank("free", direction="minimize", uri=searches)
+
+
+def test_an_infeasible_point_is_never_the_best(searches: str) -> None:
+    ranking = rank("limited", uri=searches)
+    assert [(row.trials[0], row.rank, row.infeasible) for row in ranking.rows][:5] == [
+        (1, 1, ()), (3, 1, ()), (2, 2, ()), (0, 3, ("latency_ms 61 > 50",)), (4, 4, ("latency_ms 99 > 50",)),
+    ]  # fmt: skip
+    assert best_trial("limited", metric="accuracy", uri=searches).number == 1
+    said = leaderboard("limited", uri=searches)["infeasible"]
+    assert said.isna().to_list() == [True, True, True, False, False, True]
+    assert said[3] == "latency_ms 61 > 50"
+    with pytest.raises(
+        TrackingError, match=r"violates a constraint \(the first in rank, trial 0: latency_ms 61 > 1\)"
+    ):
+        best_trial("hopeless", metric="accuracy", uri=searches)
+    with pytest.raises(TrackingError, match=r"every point of sweep 'hopeless' .* violates a constraint"):
+        pareto_front("hopeless", uri=searches)
+
+
+def test_the_front_of_one_objective_is_the_best_trial(store: str) -> None:
+    assert [trial.number for trial in pareto_front("grid", uri=store)] == [3]
+
+
+def test_the_command_shows_all_objectives_in_every_format(
+    searches: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["limited", "--uri", searches, "--top", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "limited: Pareto front of accuracy (maximize) and latency_ms (minimize): 2 points"
+    assert lines[1].split() == ["#", "lr", "accuracy", "latency_ms", "n", "trials"]
+    assert lines[2].split() == ["1", "1", "0.8000", "40.0000", "1", "1"]
+    assert lines[5].split(maxsplit=6)[-1] == "infeasible: latency_ms 61 > 50"
+    assert command.main(["limited", "--uri", searches, "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["objectives"][1] == {"metric": "latency_ms", "direction": "minimize"}
+    assert found["constraints"] == [{"metric": "latency_ms", "operator": "<=", "bound": 50.0}]
+    assert found["points"][3]["means"] == {"accuracy": 0.9, "latency_ms": 61.0}
+    assert found["points"][3]["infeasible"] == ["latency_ms 61 > 50"]
+    assert (found["points"][5]["mean"], found["points"][5]["last_values"]) == (None, [0.31])
+    assert command.main(["limited", "--uri", searches, "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["mean.latency_ms"] for row in rows] == ["40.0", "10.0", "45.0", "61.0", "99.0", ""]
+    assert (rows[0]["mean"], rows[0]["mean.accuracy"], rows[3]["infeasible"]) == (
+        "0.8",
+        "0.8",
+        "latency_ms 61 > 50",
+    )
+    assert command.main(["free", "--uri", searches, "--metric", "latency_ms"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("free: latency_ms, minimize\n")
+    assert "1 PRUNED" in text
+
+
+def test_a_pruned_point_shows_its_last_value(searches: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["free", "--uri", searches, "--metric", "accuracy"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split(maxsplit=5) == ["-", "5", "-", "0", "5", "1 PRUNED (0.3100)"]
+
+
+def test_the_summary_of_a_sweep_with_several_objectives_shows_its_front(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("summary")
+    ledger = make_ledger(folder, "sqlite:////x", objectives=OBJECTIVES)
+    for number, latency in enumerate((10, 20, 5)):
+        add_trial(ledger, number, {"lr": number})
+        run_trial(ledger, number, {"accuracy": 0.5 + number / 10 * (number < 2), "latency_ms": latency})
+    summary.show(ledger, folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "Pareto front of accuracy (maximize) and latency_ms (minimize): 2 points:"
+    assert [line.split()[:2] for line in lines[3:6]] == [["1", "1"], ["1", "2"], ["2", "0"]]
 
 
 def test_infinities_are_infinities_again(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> None:

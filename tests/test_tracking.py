@@ -45,7 +45,9 @@ from repro_sweep.cli import uploading
 from repro_sweep.errors import TrackingError
 from repro_sweep.ranking import trials
 from repro_sweep.records import Attempt, NewReport, Trial
-from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.results import find_sweep
+from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.sweep import Budget, Chosen, Constraint, Objective, SearchSpec, SpaceSpec
 from repro_sweep.tracking import encoding
 from repro_sweep.tracking import mlflow as projection
 from repro_sweep.tracking.base import Progress
@@ -54,6 +56,7 @@ from repro_sweep.tracking.mlflow import MlflowTracker, check_writable, resolve_u
 from repro_sweep.tracking.process import TrackerProcess
 from repro_sweep.tracking.sent import SentLog
 from repro_sweep.tracking.store import Store, artifact_name, batches, prepare_environment
+from repro_sweep.tracking.upload import REPORT
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"  # MLflow's own use of SQLAlchemy
@@ -345,14 +348,16 @@ def test_a_finished_sweep_is_in_mlflow_with_all_that_is_known_of_it(sweep: Path,
         message="ValueError: no\x00" + "x" * 9000,
     )
     attempt = start(ledger, 2)
-    end(ledger, 2, attempt, state=TrialState.PRUNED)
+    report(ledger, 2, attempt, range(2))
+    end(ledger, 2, attempt, {"accuracy": 2.001, "loss": 0.5}, state=TrialState.PRUNED)
     plots = sweep / "trials/0/artifacts/plots"
     plots.mkdir()
     (plots / "loss.png").write_bytes(b"png")
     drain(sweep)
 
     parent, runs = runs_of(uri, sweep=True)[0], runs_of(uri)
-    assert [run.info.status for run in runs] == ["FINISHED", "FAILED", "KILLED"]
+    assert [run.info.status for run in runs] == ["FINISHED", "FAILED", "FINISHED"]
+    assert (runs[2].data.tags["repro_sweep.state"], runs[2].data.metrics["accuracy"]) == ("PRUNED", 2.001)
     assert parent.info.status == "FAILED"
     assert (parent.info.start_time, runs[0].info.start_time, runs[0].info.end_time) == (
         START * 1000,
@@ -388,6 +393,137 @@ def test_a_finished_sweep_is_in_mlflow_with_all_that_is_known_of_it(sweep: Path,
     assert (folder / "plots/loss.png").read_bytes() == b"png"
     for run in runs:
         assert set(points_in(uri, run)) == points_of_ledger(ledger, int(run.data.tags["repro_sweep.trial"]))
+
+
+def test_a_sweep_of_pruned_and_complete_trials_has_ended_well(sweep: Path, uri: str) -> None:
+    ledger = make_ledger(sweep, uri)
+    for number in range(2):
+        add_trial(ledger, number)
+    run_trial(ledger, 0, {"accuracy": 0.5})
+    end(ledger, 1, start(ledger, 1), {"accuracy": 0.1}, state=TrialState.PRUNED)
+    drain(sweep)
+    assert runs_of(uri, sweep=True)[0].info.status == "FINISHED"
+    assert trials("grid", uri=uri)[1].state is TrialState.PRUNED
+    assert trials("grid", uri=uri)[1].metrics == {"accuracy": 0.1}
+
+
+OBJECTIVES = (
+    Objective(metric="accuracy", direction=Direction.MAXIMIZE),
+    Objective(metric="latency@1", direction=Direction.MINIMIZE),
+)
+SEARCH = SearchSpec(
+    sampler=Chosen(name="tpe", options={"multivariate": True}),
+    seed=7,
+    space=SpaceSpec(),
+    budget=Budget(trials=40, hours=1.5),
+    constraints=(Constraint(metric="latency@1", operator="<=", bound=50.0),),
+)
+
+
+def test_the_run_of_a_search_says_what_is_sought_and_how(sweep: Path, uri: str) -> None:
+    pruner = Chosen(name="median", options={"n_warmup_steps": 3})
+    make_ledger(sweep, uri, objectives=OBJECTIVES, search=SEARCH, pruner=pruner, sampler="tpe")
+    drain(sweep)
+    (parent,) = runs_of(uri, sweep=True)
+    assert parent.data.params == {
+        "sampler": "tpe",
+        "sampler.multivariate": "True",
+        "seed": "7",
+        "budget.trials": "40",
+        "budget.hours": "1.5",
+        "objectives": "maximize accuracy, minimize latency@1",
+        "constraints": "latency@1 <= 50",
+        "pruner": "median",
+        "pruner.n_warmup_steps": "3",
+    }
+    found = find_sweep("grid", uri)
+    assert found.objectives == OBJECTIVES
+    assert found.constraints == SEARCH.constraints
+
+
+def test_a_search_that_goes_on_with_another_budget_says_so_in_its_tags(sweep: Path, uri: str) -> None:
+    """MLflow changes no param, so these stay as they were at first."""
+    ledger = make_ledger(sweep, uri, search=SEARCH, sampler="tpe")
+    drain(sweep)
+    more = SEARCH.model_copy(update={"budget": Budget(trials=90, plateau=5)})
+    ledger.update_spec(ledger.spec.model_copy(update={"search": more}))
+    ledger.commit()
+    drain(sweep)
+    (parent,) = runs_of(uri, sweep=True)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["budget.trials"] == "40"
+    assert parent.data.params["budget.plateau"] == "5"
+    assert json.loads(parent.data.tags["repro_sweep.search"])["budget.trials"] == "90"
+
+
+def stored(uri: str) -> Path:
+    """The report of the only sweep in an embedded store."""
+    (parent,) = runs_of(uri, sweep=True)
+    return Path(unquote(parent.info.artifact_uri.removeprefix("file://"))) / REPORT
+
+
+def test_a_report_becomes_an_artifact_of_the_sweep_when_it_ends_and_again_when_it_has_changed(
+    sweep: Path, uri: str
+) -> None:
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    run_trial(ledger, 0, {"accuracy": 0.5})
+    (sweep / REPORT).write_text("too early")
+    tracker = MlflowTracker(sweep)
+    deadline = time.monotonic() + 30
+    while tracker.progress.left:
+        assert time.monotonic() < deadline
+        time.sleep(tracker.sync() / 10)
+    tracker.close()
+    assert not stored(uri).exists()  # it runs on
+    (sweep / REPORT).write_text("<h1>first</h1>")
+    drain(sweep)
+    assert stored(uri).read_text() == "<h1>first</h1>"
+    stored(uri).write_text("as it was sent")
+    drain(sweep)
+    assert stored(uri).read_text() == "as it was sent"  # not sent again
+    (sweep / REPORT).write_text("<h1>second</h1>")
+    drain(sweep)
+    assert stored(uri).read_text() == "<h1>second</h1>"
+    assert runs_of(uri, sweep=True)[0].info.status == "FINISHED"
+
+
+def test_a_report_that_was_lost_with_the_notes_or_with_the_run_is_sent_again(sweep: Path, uri: str) -> None:
+    import mlflow
+
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    run_trial(ledger, 0, {"accuracy": 0.5})
+    (sweep / REPORT).write_text("page")
+    drain(sweep)
+    stored(uri).unlink()
+    for file in sweep.glob("tracking.db*"):
+        file.unlink()
+    drain(sweep)
+    assert stored(uri).read_text() == "page"
+    mlflow.MlflowClient(uri).delete_run(runs_of(uri, sweep=True)[0].info.run_id)
+    drain(sweep)
+    assert stored(uri).read_text() == "page"
+
+
+@pytest.mark.slow
+def test_a_report_reaches_a_server_after_all_trials(
+    sweep: Path, proxy: Proxy, server: str, tmp_path: Path
+) -> None:
+    from mlflow.artifacts import download_artifacts
+
+    ledger = make_ledger(sweep, proxy.uri, experiment="reported")
+    for number in range(3):
+        add_trial(ledger, number)
+        run_trial(ledger, number, {"accuracy": 0.5})
+    (sweep / REPORT).write_text("<h1>grid</h1>")
+    drain(sweep)
+    (parent,) = runs_of(server, sweep=True, sweep_id=ledger.spec.sweep_id)
+    place = {"run_id": parent.info.run_id, "artifact_path": REPORT, "dst_path": str(tmp_path)}
+    assert Path(download_artifacts(tracking_uri=server, **place)).read_text() == "<h1>grid</h1>"
+    puts = [path for method, path in proxy.seen if method == "PUT"]
+    assert puts[-1].endswith(REPORT)
+    assert sum(path.endswith(REPORT) for path in puts) == 1
 
 
 def test_uploading_twice_changes_nothing(sweep: Path, uri: str) -> None:

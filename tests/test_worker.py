@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import MakeProject
+from helpers import MakeProject, a_spec
 from omegaconf import DictConfig, OmegaConf
 
-from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.sweep import Budget, Chosen, Constraint, Objective, SearchSpec, SpaceSpec
 from repro_sweep.worker.logs import JobLogging
+from repro_sweep.worker.returned import final_metrics
 
 CONFIG = """
 defaults: [_self_]
@@ -170,3 +172,82 @@ def test_an_error_text_that_no_json_can_hold_is_recorded_all_the_same(make_proje
     assert attempt.kind is FailureKind.EXCEPTION
     assert attempt.message == "ValueError: cannot read caf\\udce9"
     assert len(sweep.trials) == 4
+
+
+# --- what a task returns -------------------------------------------------------------------------------------
+
+ONE: dict[str, Any] = {}
+UNNAMED: dict[str, Any] = {"metric": None}
+TWO: dict[str, Any] = {
+    "metric": "accuracy",
+    "objectives": (
+        Objective(metric="accuracy", direction=Direction.MAXIMIZE),
+        Objective(metric="latency", direction=Direction.MINIMIZE),
+    ),
+}
+CONSTRAINED: dict[str, Any] = {
+    "search": SearchSpec(
+        sampler=Chosen(name="tpe"), seed=0, space=SpaceSpec(), budget=Budget(),
+        constraints=(Constraint(metric="size", operator="<=", bound=10),),
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sweep", "value", "reported", "metrics"),
+    [
+        (ONE, 0.5, {}, {"score": 0.5}),
+        (ONE, [0.5], {}, {"score": 0.5}),
+        (ONE, OmegaConf.create([0.5]), {"score": 0.1}, {"score": 0.5}),
+        (UNNAMED, [0.5], {}, {"objective": 0.5}),
+        (UNNAMED, [0.5, 1.0], {}, {}),
+        (UNNAMED, None, {}, {}),
+        (TWO, (0.5, 2), {}, {"accuracy": 0.5, "latency": 2}),
+        (TWO, [2, 0.5], {"latency": 9, "loss": 1}, {"accuracy": 2, "latency": 0.5, "loss": 1}),
+        (TWO, {"latency": 2, "accuracy": 0.5, "note": "x"}, {}, {"accuracy": 0.5, "latency": 2}),
+        (TWO, {"accuracy": 0.5}, {"latency": 2}, {"accuracy": 0.5, "latency": 2}),
+        (TWO, None, {"latency": 2, "accuracy": 0.5}, {"accuracy": 0.5, "latency": 2}),
+        (CONSTRAINED, {"score": 1, "size": 20}, {}, {"score": 1, "size": 20}),
+        (CONSTRAINED, 1.0, {"size": 20}, {"score": 1, "size": 20}),
+    ],
+)
+def test_what_a_task_returns_and_reports_becomes_its_final_metrics(
+    tmp_path: Path,
+    sweep: dict[str, Any],
+    value: object,
+    reported: dict[str, float],
+    metrics: dict[str, float],
+) -> None:
+    assert final_metrics(value, reported, a_spec(tmp_path, **sweep)) == {"metrics": metrics}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "value", "message", "missing"),
+    [
+        (ONE, [1.0, 2.0], "sweep.metric: the task must return 1 number (score), got 2", True),
+        (ONE, [], "sweep.metric: the task must return 1 number (score), got 0", True),
+        (ONE, ["a"], "returned metric 'score' must be a number, got str", False),
+        (TWO, (1.0,), "sweep.metric: the task must return 2 numbers (accuracy, latency), got 1", True),
+        (TWO, 1.0, "sweep.metric: the task must return 2 numbers (accuracy, latency), got float", True),
+        (TWO, {"accuracy": 1.0}, "sweep.metric: the task does not return 'latency' (accuracy)", True),
+        (TWO, None, "sweep.metric: the task does not return 'accuracy' (nothing)", True),
+        (TWO, (1.0, float("nan")), "metric 'latency' is NaN", False),
+        (TWO, (1.0, "fast"), "returned metric 'latency' must be a number, got str", False),
+        (CONSTRAINED, 1.0, "sweep.constraints: the task does not return 'size' (score)", True),
+        (CONSTRAINED, {"size": 1.0}, "sweep.metric: the task does not return 'score' (size)", True),
+        (CONSTRAINED, {"score": 1, "size": float("nan")}, "metric 'size' is NaN", False),
+        (CONSTRAINED, {"score": 1, "size": "L"}, "returned metric 'size' must be a number, got str", False),
+    ],
+)
+def test_what_the_sweep_needs_and_the_task_does_not_return_is_said_in_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    sweep: dict[str, Any],
+    value: object,
+    message: str,
+    missing: bool,
+) -> None:
+    result = final_metrics(value, {}, a_spec(tmp_path, **sweep))
+    assert (result["state"], result["kind"]) == (TrialState.FAIL, FailureKind.INVALID_METRIC)
+    assert (result["message"], result.get("missing", False)) == (message, missing)
+    assert capsys.readouterr().err == f"repro-sweep: {message}\n"

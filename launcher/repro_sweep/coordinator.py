@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from repro_sweep import endings, protocol, spool
+from repro_sweep.asking import AskingProcess
 from repro_sweep.crew import Crew
 from repro_sweep.errors import LeaseLostError, LedgerError, SweepError
 from repro_sweep.executors.base import Executor
@@ -27,6 +28,7 @@ from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Progress
 from repro_sweep.records import Attempt, NewReport, Outcome, Reused, now
+from repro_sweep.searching import Searching
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tally import Tally
@@ -37,6 +39,10 @@ _T = TypeVar("_T")
 _POLL_S = 0.25
 _WORKER_SILENT_S = 60.0
 _CLOSE_S = 15.0
+_SOON_S = 0.2
+"""A slot that has just ended a trial of a search waits so long for the next one, which is being asked for."""
+_VERDICT_S = 1.5
+_MANY = 1_000_000
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +81,14 @@ class Coordinator:
         ledger: Ledger,
         tracker: TrackerProcess | None,
         lease: Lease | None = None,
+        asker: AskingProcess | None = None,
     ) -> None:
         self.spec = spec
         self._directory = Path(spec.directory)
         self._journal = Journal(ledger)
         self._tracker = tracker
         self._lease = lease
+        self._asker = asker
         self._changed = asyncio.Event()
         self._starting: dict[str, tuple[int, asyncio.Task[protocol.Assignment | None]]] = {}
         self._searching = False
@@ -102,7 +110,12 @@ class Coordinator:
         self._running: dict[str, _Running] = {}
         self._workers: dict[str, _Worker] = {}
         self._handout = Handout()
+        self._fresh: set[int] = set()
         self._tally = self._take_over(ledger)
+        self._search: Searching | None = None
+        if asker is not None and spec.search is not None:
+            self._search = Searching(spec, ledger, asker, self, self._write)
+        self._asking: asyncio.Task[None] | None = None
 
     def _take_over(self, ledger: Ledger) -> Tally:
         """Take the sweep as it is, and expect the workers that an earlier coordinator has left, with what they run."""
@@ -124,6 +137,8 @@ class Coordinator:
         for number, state in states.items():
             if state is TrialState.WAITING:
                 self._handout.add(number, alone=number in tried and endings.must_be_alone(ledger, number))
+                if number not in tried:
+                    self._fresh.add(number)
         tally = Tally(self.spec, states, ledger.cancelled)
         for attempt in ledger.attempts():  # what earlier runs of the sweep have found
             tally.note_result(attempt.trial, attempt.state, attempt.metrics)
@@ -150,6 +165,8 @@ class Coordinator:
             draining=self._draining,
             not_tracked=self._tracker.progress.left if self._tracker is not None else 0,
             paused=self._paused,
+            searching=self._is_searching,
+            to_ask=self._to_ask(None),
         )
 
     async def status(self, _message: protocol.StatusRequest) -> Progress:
@@ -162,11 +179,14 @@ class Coordinator:
             self.stop()
             return protocol.Cancelled()
         waiting = self._handout.discard(message.trials)
+        self._fresh -= waiting
         running = {each.trial for each in self._running.values()} | {
             each for each, _ in self._starting.values()
         }
         running.intersection_update(message.trials)
-        await self._write(lambda ledger: ledger.cancel(waiting | running))
+        ended = await self._write(lambda ledger: self._cancel(ledger, waiting | running))
+        for number, step in ended.items():
+            self._tell(step, number, TrialState.FAIL, {})
         again = self._handout.discard(running)  # they have ended meanwhile, and would have been tried again
         for number in waiting | again:
             self._tally.cancel(number)
@@ -202,6 +222,9 @@ class Coordinator:
         """
         self._keeper = asyncio.create_task(self._watch.run())
         crew = self._crew = Crew(self.spec, executor)
+        if self._search is not None:
+            self._asking = asyncio.create_task(self._search.run())
+            await asyncio.sleep(0)  # what it would have asked for before this coordinator comes first in the record
         try:
             await self.recover()
             while not self._over():
@@ -214,6 +237,8 @@ class Coordinator:
                 await self._wait_for_change(_POLL_S)
             await self._wait_for_workers(crew)
         finally:
+            if self._asking is not None:
+                self._asking.cancel()
             if not self._superseded:
                 self._stopping = True  # what its workers stop now is to be run again
                 self._journal.give_up()
@@ -264,7 +289,7 @@ class Coordinator:
             _, claimed = await asyncio.gather(self.finish(finished), self._next(message, 0.0))
             return claimed
         await self.finish(finished)
-        return await self._next(message, 0.0)
+        return await self._next(message, _SOON_S if self._is_searching else 0.0)
 
     async def report(self, message: protocol.Reports) -> protocol.Acknowledged:
         """Metrics that running trials reported."""
@@ -281,7 +306,7 @@ class Coordinator:
         late = await self._write(change)
         for attempt in late:
             log.warning("attempt %s had ended before: a report of it was refused", attempt)
-        return protocol.Acknowledged(refused=bool(late))
+        return protocol.Acknowledged(refused=bool(late), prune=await self._verdicts(message.reports))
 
     async def finish(self, message: protocol.Finish) -> protocol.Acknowledged:
         """An attempt ended; a repeated message changes nothing."""
@@ -393,6 +418,7 @@ class Coordinator:
             self._tally.cancel(number)
             self._cancelling.discard(number)
             return None
+        self._fresh.discard(number)
         self._running[claim.attempt] = _Running(
             number, claim.worker, claim.slot, group, assignment, time.monotonic()
         )
@@ -421,11 +447,16 @@ class Coordinator:
 
     async def _end(self, attempt: str, outcome: Outcome, reports: list[NewReport]) -> bool:
         """Record an attempt's last reports and its end; returns whether it was taken, now or before."""
+        if self._search is not None:
+            await self._search.settle()
         running = self._running.get(attempt)
         stopping = self._stopping
         ending = await self._write(
             lambda ledger: endings.record(ledger, self.spec, attempt, outcome, reports, stopping=stopping)
         )
+        if running is not None and ending.accepted:
+            self._note_reports(running.trial, reports)
+            self._tell(ending.step, running.trial, ending.outcome.state, ending.outcome.metrics)
         if not ending.accepted or running is None or self._running.pop(attempt, None) is None:
             return ending.accepted  # too late, or the same message twice
         number = running.trial
@@ -489,7 +520,7 @@ class Coordinator:
     async def _keep_workers(self, crew: Crew) -> None:
         if self._draining or self._paused is not None:
             return
-        missing = crew.missing(len(self._handout) + len(self._running))
+        missing = crew.missing(len(self._handout) + len(self._running) + (self._to_ask(_MANY) or 0))
         if missing:
             await self._write(lambda _: None)  # only who holds the lease may start any
             crew.start(missing)
@@ -531,6 +562,93 @@ class Coordinator:
         composition = theirs.composition.model_copy(update={"now": self.spec.composition.now})
         return theirs.model_copy(update={"origin": self.spec.origin, "composition": composition}) != self.spec
 
+    # --- the search (see searching.Desk) and pruning -------------------------------------------------------------
+
+    def free_slots(self) -> int:
+        """How many slots have nothing to run, less the trials that wait; before there are any, as if there were one."""
+        return (
+            max(1, self.slot_count()) - len(self._running) - len(self._starting) - len(self._handout)
+        )
+
+    def slot_count(self) -> int:
+        """How many slots there are that get trials."""
+        return sum(worker.slots for worker in self._workers.values() if not worker.outdated)
+
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not (self._running or self._starting or len(self._handout))
+
+    def has_begun_all(self) -> bool:
+        """Whether no trial waits that has never begun."""
+        return not self._fresh
+
+    def may_ask(self) -> bool:
+        """Whether anything may be handed out at all."""
+        return not self._draining and self._paused is None
+
+    def add_trials(self, numbers: Sequence[int]) -> None:
+        """New trials wait."""
+        for number in numbers:
+            self._tally.add(number)
+            self._handout.add(number)
+        self._fresh.update(numbers)
+        self._notify()
+
+    def withdraw(self) -> list[int]:
+        """Take back the trials that wait and have never begun; returns their numbers."""
+        withdrawn = sorted(self._handout.discard(self._fresh))
+        for number in withdrawn:
+            self._tally.withdraw(number)
+        self._fresh.clear()
+        return withdrawn
+
+    @property
+    def _is_searching(self) -> bool:
+        return self._search is not None and self._search.over is None and not self._draining
+
+    def _to_ask(self, unlimited: int | None) -> int | None:
+        """How many trials a search may still ask for."""
+        if self._search is None or not self._is_searching:
+            return 0
+        return unlimited if self._search.left is None else self._search.left
+
+    async def _verdicts(self, reports: Sequence[protocol.Report]) -> tuple[str, ...]:
+        """The attempts that are to be pruned. Training goes on where that cannot be told in time."""
+        asker, metric = self._asker, self.spec.all_objectives[0].metric
+        if asker is None or self.spec.pruner is None:
+            return ()
+        asked = {
+            asyncio.ensure_future(asker.report(running.trial, report.step, report.metrics[metric])): report.attempt
+            for report in reports
+            if metric in report.metrics and (running := self._running.get(report.attempt)) is not None
+        }
+        if not asked:
+            return ()
+        done, late = await asyncio.wait(asked, timeout=_VERDICT_S)
+        for task in late:
+            task.cancel()
+        return tuple({asked[task] for task in done if task.exception() is None and task.result()})
+
+    def _note_reports(self, number: int, reports: Sequence[NewReport]) -> None:
+        """The last reports of a trial come with its end: the pruner compares others with them."""
+        metric = self.spec.all_objectives[0].metric
+        if self._asker is not None and self.spec.pruner is not None:
+            for report in reports:
+                if metric in report.metrics:
+                    self._asker.note(number, report.step, report.metrics[metric])
+
+    def _tell(self, step: int, number: int, state: TrialState, metrics: Mapping[str, float]) -> None:
+        if self._search is not None and step:
+            self._search.told(step, number, state, metrics)
+        elif self._asker is not None and step:
+            self._asker.tell(step, number, state, metrics)
+
+    def _cancel(self, ledger: Ledger, numbers: set[int]) -> dict[int, int]:
+        """Cancel trials; returns where the ends of those that did not run are recorded, if a search wants to know."""
+        ledger.cancel(numbers)
+        ended = [number for number in sorted(numbers) if ledger.trial(number).state is TrialState.FAIL]
+        return {number: endings.tell(ledger, self.spec, number, TrialState.FAIL, {}) for number in ended}
+
     # --- itself ----------------------------------------------------------------------------------------------
 
     async def _write(self, change: Callable[[Ledger], _T]) -> _T:
@@ -556,15 +674,24 @@ class Coordinator:
             raise self._ended_by
         if self._keeper is not None and self._keeper.done():
             self._keeper.result()
+        if self._asking is not None and self._asking.done() and not self._asking.cancelled():
+            error = self._asking.exception()
+            if isinstance(error, SweepError) and self._fatal is None:
+                self._fatal = error
+                self.drain()
+            elif error is not None and error is not self._fatal:
+                raise error
 
     def _over(self) -> bool:
         if self._searching or self._running or self._starting:
             return False
-        return self._draining or not len(self._handout)
+        return self._draining or not (len(self._handout) or self._is_searching)
 
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        if self._search is not None:
+            self._search.wake()
 
     async def _wait_for_change(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -576,6 +703,8 @@ class Coordinator:
 
     def _measure(self) -> None:
         self._tally.measure(slots=self._slots, running=len(self._running))
+        if self._search is not None:
+            self._search.wake()
 
 
 def _new_report(report: protocol.Report) -> NewReport:

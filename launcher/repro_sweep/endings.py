@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from repro_sweep import retries
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import NewReport, Outcome
-from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.states import FailureKind, StepKind, TrialState
 from repro_sweep.sweep import SweepSpec
 
 log = logging.getLogger(__name__)
@@ -20,13 +20,15 @@ class Ending:
     """What the ledger made of the end of an attempt.
 
     ``accepted`` is False for an attempt that had ended before, otherwise; its result counts for nothing. ``again``: the
-    trial waits for another attempt, with nothing beside it if ``alone``.
+    trial waits for another attempt, with nothing beside it if ``alone``. ``step`` is where a search has recorded it, 0
+    where none has.
     """
 
     accepted: bool
     outcome: Outcome
     again: bool = False
     alone: bool = False
+    step: int = 0
 
 
 def record(
@@ -63,7 +65,19 @@ def record(
         again = retries.tries_again(spec.limits.retries, outcome.kind, past)
     ledger.add_reports(attempt, reports)
     ledger.finish_attempt(attempt, outcome, again=again, cancelled=of_user)
-    return Ending(accepted=True, outcome=outcome, again=again, alone=_needs_room([*past, outcome.kind]))
+    step = 0 if again else tell(ledger, spec, trial.number, outcome.state, outcome.metrics)
+    return Ending(
+        accepted=True, outcome=outcome, again=again, alone=_needs_room([*past, outcome.kind]), step=step
+    )
+
+
+def tell(
+    ledger: Ledger, spec: SweepSpec, number: int, state: TrialState, metrics: Mapping[str, float]
+) -> int:
+    """Record what a sampler or pruner learns of a trial's end, in the same change; returns the step, 0 without one."""
+    if spec.search is None and spec.pruner is None:
+        return 0
+    return ledger.add_step(StepKind.TELL, {"trial": number, "state": state, "metrics": dict(metrics)})
 
 
 def _attributed(outcome: Outcome, *, of_user: bool, stopping: bool) -> Outcome:

@@ -40,6 +40,9 @@ COORDINATOR = (
 )
 """The places of a coordinator: wherever it writes or answers."""
 
+SEARCH = ("search.asked", "search.recorded")
+"""The further places of one that runs a search: a suggestion was made; it is recorded, and not handed out."""
+
 _name, _, _count = os.environ.get(ENVIRONMENT, "").partition(":")
 _left = int(_count or 1)
 

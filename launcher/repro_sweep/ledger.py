@@ -14,8 +14,9 @@ import contextlib
 import json
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from repro_sweep.errors import LeaseLostError, LedgerError, UnwritableError
 from repro_sweep.records import (
@@ -27,14 +28,15 @@ from repro_sweep.records import (
     Outcome,
     Report,
     Reused,
+    Step,
     Trial,
     attempt_of,
     trial_of,
 )
-from repro_sweep.states import TrialState
+from repro_sweep.states import StepKind, TrialState
 from repro_sweep.sweep import SweepSpec
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "ledger.db"
 
 _SCHEMA = """
@@ -85,6 +87,11 @@ CREATE TABLE reports (
 ) STRICT;
 CREATE INDEX reports_trial ON reports (trial, seq);
 CREATE INDEX reports_step ON reports (trial, step);
+CREATE TABLE steps (
+    seq        INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind       TEXT NOT NULL,
+    data       TEXT NOT NULL
+) STRICT;
 """
 
 
@@ -345,9 +352,23 @@ class Ledger:
                 (self._next_change(), number),
             )
 
+    def add_step(self, kind: StepKind, data: Mapping[str, Any]) -> int:
+        """Record a step of the sweep's search; returns its ``seq``."""
+        row = self._execute("INSERT INTO steps (kind, data) VALUES (?, ?)", (kind, json.dumps(data)))
+        return row.lastrowid or 0
+
+    def set_search_over(self, why: str | None) -> None:
+        """Note why a search has ended, or that it goes on."""
+        self.set_meta("search_over", why or "")
+
     def set_withdrawn(self, numbers: Iterable[int]) -> None:
         """Note the trials that are no part of the sweep any more: they stay as they are, and are not handed out."""
         self.set_meta("withdrawn", json.dumps(list(numbers)))
+
+    @property
+    def search_over(self) -> str | None:
+        """Why the search has ended; None while it goes on, and for a grid."""
+        return self.meta("search_over") or None
 
     @property
     def withdrawn(self) -> frozenset[int]:
@@ -447,6 +468,14 @@ class Ledger:
             Report(seq=seq, trial=number, attempt=attempt, step=step, time=at, metrics=json.loads(metrics))
             for seq, number, attempt, step, at, metrics in rows
         ]
+
+    def steps(self) -> list[Step]:
+        """The steps of the search that the sweep is now, from its BEGIN on; empty for a grid."""
+        rows = self._execute(
+            "SELECT seq, kind, data FROM steps WHERE seq >="
+            " (SELECT coalesce(max(seq), 0) FROM steps WHERE kind = 'BEGIN') ORDER BY seq"
+        )
+        return [Step(seq=seq, kind=StepKind(kind), data=json.loads(data)) for seq, kind, data in rows]
 
     def changes(self, *, after: int = -1) -> list[tuple[int, int, TrialState, bool]]:
         """Number, change, state and whether it ever started, of every trial changed later than ``after``."""

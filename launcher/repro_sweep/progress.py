@@ -33,7 +33,7 @@ class Progress:
 
     ``counts`` has cancelled trials among the failed ones. ``busy`` is the share of slot time in use since the first
     start, from 0 to 1. ``paused`` says why nothing is handed out now; ``retried`` counts the attempts that were made
-    again.
+    again. ``searching``: a search goes on, and may come to ``planned`` trials in all (None: nobody knows).
     """
 
     name: str
@@ -49,6 +49,8 @@ class Progress:
     retried: int = 0
     cancelled: int = 0
     paused: str | None = None
+    searching: bool = False
+    planned: int | None = None
 
 
 class Meter:

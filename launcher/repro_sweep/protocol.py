@@ -5,7 +5,8 @@ path            request                   reply                    meaning
 ==============  ========================  =======================  ==========================================
 /register       :class:`Register`         :class:`Registered`      a worker offers its slots
 /claim          :class:`Claim`            :class:`Claimed`         a free slot asks for a trial (waits for one)
-/report         :class:`Reports`          :class:`Acknowledged`    metrics that running trials reported
+/report         :class:`Reports`          :class:`Acknowledged`    metrics that running trials reported; whether
+                                                                   they go on
 /finish         :class:`Finish`           :class:`Acknowledged`    an attempt ended
 /heartbeat      :class:`Heartbeat`        :class:`Beat`            the worker lives, and what it runs
 /run            :class:`RunRequest`       :class:`RunReference`    the MLflow run of a trial that uses MLflow
@@ -147,9 +148,13 @@ class Beat(Message):
 
 
 class Acknowledged(Message):
-    """What was received is recorded, or ``refused``: its attempt had ended before, and nothing was."""
+    """What was received is recorded, or ``refused``: its attempt had ended before, and nothing was.
+
+    ``prune`` answers :class:`Reports`: those of its attempts that are not worth going on with.
+    """
 
     refused: bool = False
+    prune: tuple[str, ...] = ()
 
 
 class RunRequest(Message):

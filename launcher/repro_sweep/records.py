@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.states import FailureKind, StepKind, TrialState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +124,25 @@ class Outcome:
     message: str | None = None
     metrics: Mapping[str, float]
     ended_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of a search, as it was recorded; ``seq`` grows from step to step.
+
+    ========  ==========================================================================================================
+    BEGIN     ``definition`` of the search, ``known``: results from elsewhere (values, state, objectives), ``first``:
+              the number of its first trial
+    ASK       ``suggestion`` (counted from 0), ``values``, ``trials``: numbers of those that run it, ``repeats``: how many
+              it may have, or ``refused``: why it is not run; ``after``: the last TELL that was known
+    MORE      ``suggestion`` and ``trials``: the next repeats of a point, ``after``
+    TELL      ``trial``, its ``state`` and its final ``metrics``
+    ========  ==========================================================================================================
+    """
+
+    seq: int
+    kind: StepKind
+    data: dict[str, Any]
 
 
 TRIAL_COLUMNS = (

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from repro_sweep.errors import TrackingError
 from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.sweep import Constraint, Objective
 from repro_sweep.tracking.encoding import CONFIG_ARTIFACT, PREFIX, RECORD_ARTIFACT, restored, safe_key
 from repro_sweep.tracking.store import one_line
 from repro_sweep.tracking.uri import (
@@ -135,7 +136,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """A sweep's own run."""
+    """A sweep's own run. ``objectives`` are set where there are several, the first one being ``metric``."""
 
     name: str
     run_id: str
@@ -143,6 +144,8 @@ class Sweep:
     metric: str | None
     direction: Direction
     uri: str
+    objectives: tuple[Objective, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
 
 
 def reading_uri(uri: str | None) -> str:
@@ -235,7 +238,16 @@ def _sweep(run: Any, uri: str) -> Sweep:
         metric=tags.get(f"{PREFIX}metric") or None,
         direction=Direction(tags.get(f"{PREFIX}direction", Direction.MAXIMIZE)),
         uri=uri,
+        objectives=tuple(map(Objective.model_validate, _listed(run, "objectives"))),
+        constraints=tuple(map(Constraint.model_validate, _listed(run, "constraints"))),
     )
+
+
+def _listed(run: Any, key: str) -> list[Any]:
+    """The items of a tag; none where it was too long for a tag, or was written before there were any."""
+    text = _tag(run, key)
+    items: list[Any] = json.loads(text) if text.startswith("[") else []
+    return items
 
 
 def _trial(run: Any, uri: str) -> Trial:

@@ -47,3 +47,12 @@ class Direction(StrEnum):
 
     MAXIMIZE = "maximize"
     MINIMIZE = "minimize"
+
+
+class StepKind(StrEnum):
+    """What happens in a search (see ``records.Step``)."""
+
+    BEGIN = "BEGIN"
+    ASK = "ASK"
+    MORE = "MORE"
+    TELL = "TELL"

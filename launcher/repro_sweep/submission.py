@@ -5,56 +5,36 @@ Nothing is written and nothing started here, except by :meth:`Submission.record`
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
-from repro_sweep import machine, task
-from repro_sweep.config.compose import Composer, composition_of
-from repro_sweep.config.identity import check, identity
-from repro_sweep.config.schema import SweepConf
+from repro_sweep import history, specification
+from repro_sweep.config import optuna_sweeper
+from repro_sweep.config.compose import Composer
 from repro_sweep.config.space import Space
+from repro_sweep.config.trials import TrialMaker
 from repro_sweep.config.yamltext import to_yaml
 from repro_sweep.errors import CompositionError, SweepError, UserError
 from repro_sweep.executors import base as executors
 from repro_sweep.failpoints import failpoint
 from repro_sweep.ledger import FILE_NAME, Ledger
-from repro_sweep.points import Point
-from repro_sweep.provenance.source import code_fingerprint, git_state
-from repro_sweep.records import NewTrial, now
+from repro_sweep.points import Parameter, Point
+from repro_sweep.records import NewTrial
 from repro_sweep.search import base as searchers
-from repro_sweep.standings import usual_direction
-from repro_sweep.states import Direction, FailureKind, TrialState
-from repro_sweep.sweep import (
-    UNNAMED_METRIC,
-    Composition,
-    Limits,
-    Origin,
-    Resources,
-    SweepSpec,
-    TaskSpec,
-    Tracking,
-)
-from repro_sweep.tracking.uri import check_writable, resolve_uri
+from repro_sweep.search.checks import check
+from repro_sweep.states import StepKind, TrialState
+from repro_sweep.sweep import SearchSpec, SweepSpec, TaskSpec
+from repro_sweep.tracking.uri import check_writable
 
-_HYDRA_DIR = "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"
-_HYDRA_SUBDIR = "${hydra.job.num}"
-_SUBDIR = "trials/${hydra.job.num}"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHOWN_PROBLEMS = 10
-_Number = TypeVar("_Number", int | None, float)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +44,10 @@ class Submission:
     ``new`` are the trials that its ledger does not hold; ``again`` the numbers of those that it holds unfinished or
     failed, ``withdrawn`` those it holds unfinished that are no part of the sweep any more; ``done`` counts the
     finished ones, ``cancelled`` those that the user has cancelled.
+
+    A search has no ``new`` ones: they are asked for while it runs. ``parameters`` are what it chooses; ``begin`` is the
+    first step of one that is new, or differs from what its ledger holds; ``notices`` are for the user.
+    ``for_optuna_sweeper``: the application was written for hydra-optuna-sweeper, and may want its file of results.
     """
 
     spec: SweepSpec
@@ -73,6 +57,10 @@ class Submission:
     done: int
     duplicates: int
     cancelled: int = 0
+    parameters: tuple[Parameter, ...] = ()
+    begin: Mapping[str, Any] | None = None
+    notices: tuple[str, ...] = ()
+    for_optuna_sweeper: bool = False
 
     @property
     def to_run(self) -> int:
@@ -94,6 +82,9 @@ class Submission:
         ledger.set_withdrawn(self.withdrawn)
         ledger.requeue(self.again)
         ledger.add_trials(self.new)
+        if self.begin is not None:
+            ledger.add_step(StepKind.BEGIN, self.begin)
+        ledger.set_search_over(None)
         failpoint("record.before_commit")
         ledger.commit()
         failpoint("record.committed")
@@ -114,43 +105,57 @@ def prepare(
     Raises:
         UserError: anything that the user must change first.
     """
-    options = sweep_options(config)
-    task_overrides, sweep_overrides = split_overrides(arguments)
-    name = _name(options, config)
-    if _is_ours(config):
+    options = specification.sweep_options(config)
+    task_overrides, sweep_overrides = specification.split_overrides(arguments)
+    asked = optuna_sweeper.translate(config.hydra.sweeper, task_overrides)
+    options.name = options.name or asked.name
+    name = specification.name_of(options, config)
+    sampler = specification.adopt(options, config, asked)
+    if specification.is_ours(config):
         options.name = name  # for interpolations such as hydra.sweep.dir=out/${sweep.name}
-    directory = _directory(config, name)
-    task_spec = _task(options, found)
-    composition = _composition(config, loader, directory)
+    directory = specification.directory_of(config, name)
+    task_spec = specification.task_of(options, found)
+    composition = specification.composition_with(config, loader, directory)
     composer = Composer(composition, loader=loader)
+    if sweep_overrides:
+        _check_confined(config, composer, task_overrides)
+    spec = specification.specify(
+        options, config, name, directory, task_spec, composition, task_overrides, sampler, asked.params, command
+    )
+    _check_startable(spec)
+    expansion = _Expansion(spec, TrialMaker(composer, task_spec.name, spec.repeats, task_overrides))
     space = Space(
         params=options.params,
         zip_=options.zip,
         exclude=options.exclude,
         repeats=options.repeats,
         overrides=task_overrides,
-        hydra_params=config.hydra.sweeper.get("params"),
+        hydra_params=asked.params,  # type: ignore[arg-type]  # as the config has them
         config_loader=loader,
+        search=spec.search is not None,
+        extended=spec.search is not None and spec.search.custom_search_space is not None,
     )
-    if sweep_overrides:
-        _check_confined(config, composer, task_overrides)
-    spec = _spec(options, config, name, directory, task_spec, composition, command)
-    _check_startable(spec)
-    sampler = searchers.load(spec.sampler)
-    searcher = sampler.searcher(space)  # type: ignore[call-arg]  # a grid's only argument
-    return _Expansion(spec, composer, _fixed(task_overrides)).run(iter(searcher.ask, None))
+    if spec.search is not None:
+        if spec.search.custom_search_space is not None:
+            optuna_sweeper.resolve(spec.search.custom_search_space)
+        ready = expansion.search(space, spec.search)
+        return replace(ready, notices=(*asked.notices, *ready.notices), for_optuna_sweeper=asked.search)
+    check(space, spec)
+    searcher = searchers.load(spec.sampler).searcher(space)  # type: ignore[call-arg]  # a grid's only argument
+    assert isinstance(searcher, searchers.Searcher)
+    return expansion.run(iter(searcher.ask, None))
 
 
 class _Expansion:
     """Composes and checks each point and compares it with what the ledger holds."""
 
-    def __init__(self, spec: SweepSpec, composer: Composer, fixed: Mapping[str, object]) -> None:
-        self._composer = composer
-        self._fixed = fixed
+    def __init__(self, spec: SweepSpec, maker: TrialMaker) -> None:
+        self._maker = maker
         self._known: dict[str, tuple[int, TrialState]] = {}
         self._number = 0
         self._taken: dict[str, int] = {}
         self._cancelled: frozenset[int] = frozenset()
+        self._search: history.Earlier | None = None
         directory = Path(spec.directory)
         if (directory / FILE_NAME).exists():
             ledger = Ledger.open(directory, readonly=True)
@@ -158,12 +163,12 @@ class _Expansion:
             self._number = ledger.next_number()
             self._taken = ledger.directories()
             self._cancelled = ledger.cancelled
+            self._search = history.earlier(ledger)
             spec = spec.model_copy(
                 update={"sweep_id": ledger.spec.sweep_id, "created_at": ledger.spec.created_at}
             )
             ledger.close()
         self._spec = spec
-        self._custom_subdir = _custom_subdir(composer)
         self._problems: Counter[str] = Counter()
 
     def run(self, points: Iterable[Point]) -> Submission:
@@ -200,44 +205,46 @@ class _Expansion:
             cancelled=sum(number in self._cancelled for key, (number, _) in known if key in mine),
         )
 
+    def search(self, space: Space, search: SearchSpec) -> Submission:
+        """Check a search's space by some of its points; find out whether it is one that the ledger holds."""
+        notices = check(space, self._spec)
+        for points in space.probes():
+            self._trial(points[0])
+        self._raise_problems()
+        self._check_search_directories(space)
+        search = history.same_seed(search, self._search)
+        spec = self._spec.model_copy(update={"search": search})
+        begin = history.begin(spec, space, self._search, first=self._number)
+        apart = set() if begin is None else {number for number, _ in self._known.values()}
+        unfinished = {number for number, state in self._known.values() if not state.is_done()} - self._cancelled
+        return Submission(
+            spec=spec,
+            new=(),
+            again=tuple(sorted(unfinished - apart)),
+            withdrawn=tuple(sorted(unfinished & apart)),
+            done=sum(state.is_done() for number, state in self._known.values() if number not in apart),
+            duplicates=0,
+            cancelled=len(self._cancelled - apart),
+            parameters=space.parameters(),
+            begin=begin,
+            notices=tuple(notices),
+        )
+
+    def _check_search_directories(self, space: Space) -> None:
+        """Two trials must not share a directory, whatever their points are."""
+        if self._maker.custom_subdir:
+            points = next(space.probes())
+            self._check_directories(self._maker.make(points[0], self._number + i) for i in (0, 1))
+
     def _trial(self, point: Point) -> NewTrial | None:
         try:
-            config = self._composer.compose(point.overrides)
-            checked = check(config, hydra=self._composer.hydra(point.overrides))
+            return self._maker.make(point, self._number)
         except CompositionError as error:
-            self._problems[str(error)] += 1
+            self._problems.update(str(error).splitlines())
             return None
-        if checked.problems:
-            self._problems.update(str(problem) for problem in checked.problems)
-            return None
-        return NewTrial(
-            number=self._number,
-            identity=identity(self._spec.task.name, checked.container),
-            point=identity(self._spec.task.name, _without(checked.container, self._spec.repeats)),
-            directory=self._directory(point),
-            overrides=point.overrides,
-            params={
-                **point.params,
-                **{key: self._fixed[key] for key in self._fixed if key not in point.repeat},
-            },
-            repeat=point.repeat,
-            config=checked.yaml,
-        )
-
-    def _directory(self, point: Point) -> str:
-        if not self._custom_subdir:
-            return f"trials/{self._number}"
-        job = self._composer.job_config(
-            point.overrides, num=self._number, job_id=str(self._number), output_dir="."
-        )
-        try:
-            return str(job.hydra.sweep.subdir)
-        except OmegaConfBaseException as error:
-            self._problems[f"hydra.sweep.subdir: {str(error).splitlines()[0]}"] += 1
-            return ""
 
     def _check_directories(self, trials: Iterable[NewTrial]) -> None:
-        for trial in trials if self._custom_subdir else ():
+        for trial in trials if self._maker.custom_subdir else ():
             other = self._taken.setdefault(trial.directory, trial.number)
             if other != trial.number:
                 raise SweepError(
@@ -258,127 +265,6 @@ class _Expansion:
         raise CompositionError("\n".join(shown))
 
 
-def sweep_options(config: DictConfig) -> SweepConf:
-    """The typed options of the sweep; the defaults where the application has no sweep node of ours.
-
-    Raises:
-        SweepError: an option is missing or cannot be resolved.
-    """
-    if not _is_ours(config):
-        defaults = SweepConf(
-            sampler=searchers.load("grid").options(), executor=executors.load("local").OPTIONS()
-        )
-        return OmegaConf.structured(defaults)  # type: ignore[no-any-return]
-    node: SweepConf = config.sweep
-    try:
-        missing = OmegaConf.missing_keys(node)
-        OmegaConf.to_container(config.sweep, resolve=True)
-    except OmegaConfBaseException as error:
-        raise SweepError(f"sweep: {str(error).splitlines()[0]}") from error
-    if missing:
-        first = min(missing)
-        raise SweepError(
-            f"sweep.{first}: has no value; put '{first}: …' into the defaults of the sweep's YAML"
-        )
-    return node
-
-
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Command-line overrides: those of the task, and those of the ``sweep`` node, which trials do not see.
-
-    Raises:
-        SweepError: several sweeps at once (``+sweep=a,b``).
-    """
-    mine: list[str] = []
-    theirs: list[str] = []
-    for override in OverridesParser.create().parse_overrides(list(arguments)):
-        line = override.input_line or ""
-        if re.split(r"[./@]", override.key_or_group, maxsplit=1)[0] != "sweep":
-            theirs.append(line)
-            continue
-        if override.is_sweep_override():
-            raise SweepError(
-                f"{line}: the sweep's own options take one value; to sweep over a key, name that key"
-            )
-        mine.append(line)
-    return theirs, mine
-
-
-def _fixed(arguments: Sequence[str]) -> dict[str, object]:
-    """What the command line sets for all trials; rankings show it, as another command may set something else."""
-    parsed = OverridesParser.create().parse_overrides(list(arguments))
-    return {
-        override.key_or_group: override.get_value_string()
-        if isinstance(override.value(), QuotedString | dict | list)
-        else override.value()
-        for override in parsed
-        if not (override.is_sweep_override() or override.is_delete() or override.is_hydra_override())
-    }
-
-
-def _is_ours(config: DictConfig) -> bool:
-    return "sweep" in config and OmegaConf.get_type(config, "sweep") is SweepConf
-
-
-def _name(options: SweepConf, config: DictConfig) -> str:
-    name = options.name or (config.hydra.runtime.choices.get("sweep") if _is_ours(config) else None)
-    name = str(name or config.hydra.job.name)
-    if not _NAME.fullmatch(name):
-        raise SweepError(f"sweep.name: '{name}' must consist of letters, digits, '.', '_' and '-'")
-    return name
-
-
-def _directory(config: DictConfig, name: str) -> Path:
-    if _raw_sweep(config)["dir"] == _HYDRA_DIR:
-        return Path.cwd() / "multirun" / name
-    try:
-        return Path.cwd() / str(config.hydra.sweep.dir)
-    except OmegaConfBaseException as error:
-        raise SweepError(f"hydra.sweep.dir: {str(error).splitlines()[0]}") from error
-
-
-def _composition(config: DictConfig, loader: ConfigLoader, directory: Path) -> Composition:
-    """Hydra's composition, with our directories in place of Hydra's defaults as overrides like any other.
-
-    A directory that refers to the sweep's own node is resolved here: trials do not have that node.
-    """
-    raw = _raw_sweep(config)
-    chosen = []
-    if raw["dir"] == _HYDRA_DIR or "${sweep" in raw["dir"]:
-        quoted = str(directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory)
-        quoted = quoted.replace("\\", "\\\\").replace("'", "\\'")
-        chosen.append(f"hydra.sweep.dir='{quoted}'")
-    if raw["subdir"] == _HYDRA_SUBDIR:
-        chosen.append(f"hydra.sweep.subdir={_SUBDIR}")
-    composition = composition_of(config, loader, strip=("sweep",) if _is_ours(config) else ())
-    return composition.model_copy(update={"hydra_overrides": (*composition.hydra_overrides, *chosen)})
-
-
-def _raw_sweep(config: DictConfig) -> dict[Any, Any]:
-    raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
-    assert isinstance(raw, dict)
-    return raw
-
-
-def _custom_subdir(composer: Composer) -> bool:
-    return f"hydra.sweep.subdir={_SUBDIR}" not in composer.spec.hydra_overrides
-
-
-def _task(options: SweepConf, found: TaskSpec | None) -> TaskSpec:
-    if found is not None:
-        if options.task is not None and options.task != found.name:
-            raise SweepError(f"sweep.task: is {options.task}, but this application's task is {found.name}")
-        return found
-    if options.task is None:
-        raise SweepError(
-            "sweep.task: is missing; choose a sweep with +sweep=NAME, or name the task function:"
-            " sweep.task=package.module.function"
-        )
-    spec = task.from_dotted(options.task, "sweep.task")
-    task.load(spec)
-    return spec
-
-
 def _check_confined(config: DictConfig, composer: Composer, overrides: Sequence[str]) -> None:
     """The sweep's file must set nothing outside of its own node: a trial is composed without it."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -395,125 +281,8 @@ def _check_confined(config: DictConfig, composer: Composer, overrides: Sequence[
             )
 
 
-def _without(container: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """A resolved config without some dotted keys, which are no part of what its repeats have in common."""
-    rest = dict(container)
-    for key in keys:
-        first, _, below = key.partition(".")
-        if below and isinstance(rest.get(first), dict):
-            rest[first] = _without(rest[first], [below])
-        elif not below:
-            rest.pop(first, None)
-    return rest
-
-
 def _only(config: DictConfig, key: str) -> DictConfig:
     return OmegaConf.masked_copy(config, [key])
-
-
-def _spec(
-    options: SweepConf,
-    config: DictConfig,
-    name: str,
-    directory: Path,
-    task_spec: TaskSpec,
-    composition: Composition,
-    command: str,
-) -> SweepSpec:
-    git = git_state(Path.cwd())
-    choices = config.hydra.runtime.choices
-    cwd = Path.cwd()
-    gpus = options.resources.gpus_per_trial
-    if gpus is None:
-        gpus = 1.0 if machine.inspect().gpus else 0.0
-    return SweepSpec(
-        sweep_id=uuid.uuid4().hex,
-        name=name,
-        directory=str(directory),
-        task=task_spec,
-        composition=composition,
-        resources=Resources(
-            cpus=_positive(options.resources.cpus_per_trial, "sweep.resources.cpus_per_trial"),
-            gpus=_gpu_share(gpus),
-            mem_gb=None
-            if options.resources.mem_gb_per_trial is None
-            else _positive(options.resources.mem_gb_per_trial, "sweep.resources.mem_gb_per_trial"),
-        ),
-        tracking=Tracking(
-            uri=resolve_uri(options.tracking.uri, cwd, os.environ),
-            experiment=options.tracking.experiment or name,
-        ),
-        origin=Origin.here(
-            command, git_commit=git.commit if git else None, git_dirty=git.dirty if git else None
-        ),
-        metric=options.metric,
-        direction=_direction(options.direction, options.metric),
-        executor_name=str(choices.get("sweep/executor") or "local"),
-        executor=_plain(options.executor),
-        sampler=str(choices.get("sweep/sampler") or "grid"),
-        max_failures=_not_negative(options.max_failures, "sweep.max_failures"),
-        log_limit_mb=_positive(options.log_limit_mb, "sweep.log_limit_mb"),
-        created_at=now(),
-        repeats=tuple(str(key).lstrip("+") for key in options.repeats),
-        limits=_limits(options),
-        code=code_fingerprint(cwd),
-        reuse=options.reuse,
-    )
-
-
-def _limits(options: SweepConf) -> Limits:
-    retries = {
-        kind: _not_negative(getattr(options.retries, kind, 0), f"sweep.retries.{kind}")
-        for kind in FailureKind
-    }
-    return Limits(
-        retries=retries,
-        trial_timeout_min=_positive_or_none(options.trial_timeout_min, "sweep.trial_timeout_min"),
-        stall_timeout_min=_positive_or_none(options.stall_timeout_min, "sweep.stall_timeout_min"),
-        orphan_timeout_min=_positive(options.orphan_timeout_min, "sweep.orphan_timeout_min"),
-        min_free_mb=_not_negative(options.min_free_mb, "sweep.min_free_mb"),
-    )
-
-
-def _plain(node: object) -> dict[str, object]:
-    container = (
-        OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else {}
-    )
-    plain: dict[str, object] = json.loads(json.dumps(container))
-    return plain
-
-
-def _direction(text: str | None, metric: str | None) -> Direction:
-    if text is None:
-        return usual_direction(metric or UNNAMED_METRIC)
-    try:
-        return Direction(text)
-    except ValueError:
-        raise SweepError(f"sweep.direction: '{text}' is not one of {', '.join(Direction)}") from None
-
-
-def _positive(value: float, where: str) -> float:
-    if not value > 0:
-        raise SweepError(f"{where}: must be greater than 0, got {value:g}")
-    return float(value)
-
-
-def _positive_or_none(value: float | None, where: str) -> float | None:
-    return None if value is None else _positive(value, where)
-
-
-def _not_negative(value: _Number, where: str) -> _Number:
-    if value is not None and value < 0:
-        raise SweepError(f"{where}: must be at least 0, got {value}")
-    return value
-
-
-def _gpu_share(gpus: float) -> float:
-    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        raise SweepError(
-            f"sweep.resources.gpus_per_trial: must be a fraction up to 1 or a whole number, got {gpus:g}"
-        )
-    return gpus
 
 
 def _check_startable(spec: SweepSpec) -> None:

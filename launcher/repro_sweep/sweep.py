@@ -153,6 +153,7 @@ class SearchSpec(Record):
 
     ``seed`` is never missing: one that was not given was drawn at submission. ``enqueue`` are points to try first, by
     key. ``custom_search_space`` is the dotted name of a function ``(config, optuna.trial.Trial)`` that adds parameters.
+    ``report``: draw one when it is over.
     """
 
     sampler: Chosen
@@ -164,6 +165,7 @@ class SearchSpec(Record):
     repeats_pruner: Chosen | None = None
     constraints: tuple[Constraint, ...] = ()
     custom_search_space: str | None = None
+    report: bool = True
 
 
 class Origin(Record):

@@ -55,6 +55,15 @@ class Tally:
         self.set_state(number, TrialState.FAIL)
         self._cancelled.add(number)
 
+    def add(self, number: int) -> None:
+        """There is a new trial, which waits."""
+        self._states[number] = TrialState.WAITING
+        self._counts[TrialState.WAITING] += 1
+
+    def withdraw(self, number: int) -> None:
+        """A trial is no part of the sweep any more."""
+        self._counts[self._states.pop(number)] -= 1
+
     def measure(self, *, slots: int, running: int) -> None:
         """The number of slots, or of running trials, has changed."""
         self._meter.set(slots=slots, running=running)
@@ -85,15 +94,26 @@ class Tally:
             self._best = Best(trial=number, value=value)
 
     def progress(
-        self, *, slots: int, running: int, waiting: int, draining: bool, not_tracked: int, paused: str | None
+        self,
+        *,
+        slots: int,
+        running: int,
+        waiting: int,
+        draining: bool,
+        not_tracked: int,
+        paused: str | None,
+        searching: bool = False,
+        to_ask: int | None = None,
     ) -> Progress:
-        """A picture of the sweep now."""
+        """A picture of the sweep now; a search that goes on may still ask for ``to_ask`` trials, None for any number."""
         return Progress(
             name=self._spec.name,
             counts={**self._counts, TrialState.RUNNING: running},
             slots=slots,
             busy=self._meter.busy(),
-            seconds_left=self._meter.seconds_left(waiting + running),
+            seconds_left=None
+            if searching and to_ask is None
+            else self._meter.seconds_left(waiting + running + (to_ask or 0)),
             elapsed_s=self._meter.elapsed_s(),
             best=self._best,
             failures=tuple(self._failures),
@@ -102,4 +122,6 @@ class Tally:
             retried=self._retried,
             cancelled=len(self._cancelled),
             paused=paused,
+            searching=searching,
+            planned=None if to_ask is None else len(self._states) + to_ask,
         )

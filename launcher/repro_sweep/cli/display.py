@@ -68,7 +68,7 @@ def line(progress: Progress) -> str:
     counts = progress.counts
     done = counts[TrialState.COMPLETE] + counts[TrialState.PRUNED]
     parts = [
-        f"{progress.name}: {done}/{sum(counts.values())} done",
+        f"{progress.name}: {_done_of(done, progress)} done",
         f"{counts[TrialState.RUNNING]} running",
         f"{counts[TrialState.FAIL] - progress.cancelled} failed",
         f"{counts[TrialState.WAITING]} waiting",
@@ -91,11 +91,19 @@ def line(progress: Progress) -> str:
     return ", ".join(parts)
 
 
+def _done_of(done: int, progress: Progress) -> str:
+    """Of how many, where that is known: a search without a number of trials in its budget has no end to show."""
+    if progress.searching and progress.planned is None:
+        return str(done)
+    return f"{done}/{progress.planned or sum(progress.counts.values())}"
+
+
 def table(progress: Progress) -> Table:
     """The same with a bar, for a terminal."""
     counts = progress.counts
-    total = sum(counts.values())
-    finished = total - counts[TrialState.WAITING] - counts[TrialState.RUNNING]
+    known = sum(counts.values())
+    total = progress.planned or known
+    finished = known - counts[TrialState.WAITING] - counts[TrialState.RUNNING]
     grid = Table.grid(padding=(0, 1), expand=False)
     grid.add_column(width=24)
     grid.add_column(no_wrap=True, overflow="ellipsis")
@@ -118,5 +126,6 @@ def runs(count: int) -> str:
 
 def _unfinished(progress: Progress) -> bool:
     return bool(
-        progress.counts[TrialState.RUNNING] or (progress.counts[TrialState.WAITING] and not progress.draining)
+        progress.counts[TrialState.RUNNING]
+        or ((progress.searching or progress.counts[TrialState.WAITING]) and not progress.draining)
     )

@@ -79,14 +79,23 @@ def check_trials(ledger: Ledger, numbers: Iterable[int]) -> None:
 
 def is_finished(ledger: Ledger) -> bool:
     """Whether nothing is left to run: each trial has its result, or was cancelled, or is no part of the sweep."""
+    if _searches(ledger):
+        return False
     apart = ledger.withdrawn | ledger.cancelled
     return all(state.is_done() or number in apart for number, state in ledger.states())
 
 
 def has_ended(ledger: Ledger) -> bool:
     """Whether nothing runs or waits; some trials may have failed."""
+    if _searches(ledger):
+        return False
     apart = ledger.withdrawn
     return all(state.is_finished() or number in apart for number, state in ledger.states())
+
+
+def _searches(ledger: Ledger) -> bool:
+    """Whether a search has not come to its end."""
+    return ledger.spec.search is not None and ledger.search_over is None
 
 
 def failed(ledger: Ledger) -> list[int]:

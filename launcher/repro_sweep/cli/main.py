@@ -15,7 +15,9 @@ COMMANDS = {
     "cancel": "stop a sweep, or cancel some of its trials",
     "resume": "go on with a sweep, from its ledger alone",
     "sync": "bring MLflow up to date with a sweep that is not running",
+    "replay": "check that a search's record leads to the same suggestions again",
     "rank": "the ranking of a sweep, from MLflow",
+    "report": "a page with the figures of a sweep, from its ledger",
 }
 
 HELP = """\

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from repro_sweep.executors import base as executors
+from repro_sweep.points import Categorical, Domain, IntRange
 from repro_sweep.submission import Submission
+from repro_sweep.sweep import Budget, SearchSpec
 
 HELP = """\
 repro-sweep plan OVERRIDE...
@@ -15,6 +17,7 @@ Expands, composes and checks a sweep as 'repro-sweep OVERRIDE...' would, and sho
 already, and what it would run on. Nothing is started or written.
 """
 _SHOWN = 50
+_SHOWN_CHOICES = 8
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,11 +33,18 @@ def main(arguments: Sequence[str]) -> int:
 def show(submission: Submission) -> int:
     """Print the plan of a prepared sweep; returns the exit status."""
     spec = submission.spec
-    total = submission.to_run + submission.done + submission.cancelled
-    print(f"sweep       {spec.name}: {total} trials ({spec.task.name})")
+    if spec.search is None:
+        total = submission.to_run + submission.done + submission.cancelled
+        print(f"sweep       {spec.name}: {total} trials ({spec.task.name})")
+    else:
+        print(f"sweep       {spec.name}: a search ({spec.task.name})")
     if spec.metric is not None:
-        print(f"metric      {spec.metric} ({spec.direction})")
-    print(f"to run      {submission.to_run}")
+        metrics = ", ".join(f"{each.metric} ({each.direction})" for each in spec.all_objectives)
+        print(f"metric      {metrics}")
+    if spec.search is None:
+        print(f"to run      {submission.to_run}")
+    else:
+        _show_search(submission, spec.search)
     print(f"done        {submission.done}")
     if submission.cancelled:
         print(f"cancelled   {submission.cancelled}")
@@ -53,6 +63,40 @@ def show(submission: Submission) -> int:
         print(f"          … and {len(submission.new) - _SHOWN} more")
     sys.stdout.flush()
     return 0
+
+
+def _show_search(submission: Submission, search: SearchSpec) -> None:
+    spec = submission.spec
+    pruner = "" if spec.pruner is None else f", pruned by {spec.pruner.name}"
+    print(f"sampler     {search.sampler.name} (seed {search.seed}){pruner}")
+    print(f"until       {_budget(search.budget)}")
+    if submission.begin is not None and submission.begin["known"]:
+        print(f"known       {len(submission.begin['known'])} points from elsewhere")
+    width = max((len(parameter.name) for parameter in submission.parameters), default=0)
+    for parameter in submission.parameters:
+        print(f"  {parameter.name:<{width}}  {_domain(parameter.domain)}")
+    for notice in submission.notices:
+        print(f"note        {notice}")
+
+
+def _budget(budget: Budget) -> str:
+    parts = {
+        "{} trials": budget.trials,
+        "{} h": budget.hours,
+        "the target {}": budget.target,
+        "{} points in a row that are no better": budget.plateau,
+    }
+    return ", or ".join(text.format(f"{value:g}") for text, value in parts.items() if value is not None)
+
+
+def _domain(domain: Domain) -> str:
+    if isinstance(domain, Categorical):
+        shown = ", ".join(str(choice) for choice in domain.choices[:_SHOWN_CHOICES])
+        return shown if len(domain.choices) <= _SHOWN_CHOICES else f"{shown}, … ({len(domain.choices)})"
+    kind = "integers" if isinstance(domain, IntRange) else "numbers"
+    log = ", logarithmic" if domain.log else ""
+    step = f" in steps of {domain.step:g}" if domain.step not in (None, 1) else ""
+    return f"{kind} from {domain.low:g} to {domain.high:g}{step}{log}"
 
 
 def _resources(submission: Submission) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from repro_sweep.cli.arguments import Parser, at_least
+from repro_sweep.states import TrialState
 
 if TYPE_CHECKING:
     from repro_sweep.ranking import Ranking
@@ -25,7 +26,10 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = Parser(prog="repro-sweep rank", description="The points of a sweep, best first.")
     parser.add_argument("name", help="the sweep's name")
-    parser.add_argument("--metric", help="by default the sweep's own")
+    parser.add_argument(
+        "--metric",
+        help="rank by this one alone; by default by the sweep's own, of several by their Pareto front",
+    )
     parser.add_argument(
         "--direction",
         choices=["maximize", "minimize"],
@@ -47,9 +51,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def _print_table(ranking: Ranking) -> None:
     from repro_sweep.cli.rankings import table
+    from repro_sweep.standings import front_text
 
-    print(f"{ranking.sweep}: {ranking.metric}, {ranking.direction}")
-    print(table(ranking.rows, ranking.metric) or "no trials yet")
+    several = len(ranking.objectives) > 1
+    by = (
+        front_text(ranking.objectives, ranking.front) if several else f"{ranking.metric}, {ranking.direction}"
+    )
+    print(f"{ranking.sweep}: {by}")
+    print(table(ranking.rows, [each.metric for each in ranking.objectives]) or "no trials yet")
 
 
 def _print_json(ranking: Ranking) -> None:
@@ -57,25 +66,46 @@ def _print_json(ranking: Ranking) -> None:
         "sweep": ranking.sweep,
         "metric": ranking.metric,
         "direction": ranking.direction,
-        "points": [
-            {**_record(row), "params": dict(row.params), "trials": list(row.trials)} for row in ranking.rows
-        ],
+        "objectives": [each.model_dump() for each in ranking.objectives],
+        "constraints": [each.model_dump() for each in ranking.constraints],
+        "points": [_point(row, ranking) for row in ranking.rows],
     }
     json.dump(document, sys.stdout, indent=2, default=str)
     print()
 
 
+def _point(row: Row, ranking: Ranking) -> dict[str, object]:
+    names = [each.metric for each in ranking.objectives]
+    return {
+        **_record(row),
+        "means": dict(zip(names, map(_number, row.means), strict=True)),
+        "stds": dict(zip(names, map(_number, row.stds), strict=True)),
+        "infeasible": list(row.infeasible),
+        "last_values": [_number(value) for value in row.last],
+        "params": dict(row.params),
+        "trials": list(row.trials),
+    }
+
+
 def _print_csv(ranking: Ranking) -> None:
+    """``mean`` and ``std`` are of the first objective; of several, each has columns of its own as well."""
     figures = ["rank", "mean", "std", "n"]
-    states = [name for name in (_record(ranking.rows[0]) if ranking.rows else {}) if name not in figures]
+    states = [state.lower() for state in TrialState]
+    several = [each.metric for each in ranking.objectives] if len(ranking.objectives) > 1 else []
+    head = [*figures, *states, "trials", *(f"{each}.{name}" for name in several for each in ("mean", "std"))]
+    head += ["infeasible"] if ranking.constraints else []
     writer = csv.writer(sys.stdout)
-    writer.writerow([*figures, *states, "trials", *(f"params.{name}" for name in ranking.params)])
+    writer.writerow([*head, *(f"params.{name}" for name in ranking.params)])
     for row in ranking.rows:
         record = _record(row)
-        params = [_cell(row.params, name) for name in ranking.params]
-        writer.writerow(
-            [*(record[name] for name in (*figures, *states)), " ".join(map(str, row.trials)), *params]
-        )
+        cells: list[object] = [
+            *(record[name] for name in (*figures, *states)),
+            " ".join(map(str, row.trials)),
+        ]
+        if several:
+            cells += [_number(each) for pair in zip(row.means, row.stds, strict=True) for each in pair]
+        cells += [", ".join(row.infeasible)] if ranking.constraints else []
+        writer.writerow([*cells, *(_cell(row.params, name) for name in ranking.params)])
 
 
 def _record(row: Row) -> dict[str, object]:

@@ -33,6 +33,8 @@ async def reusing(
 
 
 async def _reuse(spec: SweepSpec, coordinator: Coordinator, tracker: TrackerProcess) -> None:
+    if spec.search is not None:  # its points are not known beforehand; sweep.start_from is for that
+        return
     search = asyncio.ensure_future(elsewhere.results(spec, tracker))
     try:
         count = await coordinator.reuse(search)

@@ -54,9 +54,23 @@ def run(submission: Submission) -> int:
 
     def record(ledger: Ledger) -> None:
         submission.record(ledger)
-        _say_what_is_done(submission)
+        for notice in submission.notices:
+            say(notice)
+        if spec.search is None:
+            _say_what_is_done(submission)
+        else:
+            _say_what_is_known(submission)
 
     return session.run(ledger, spec.name, record)
+
+
+def _say_what_is_known(submission: Submission) -> None:
+    known = len(submission.begin["known"]) if submission.begin is not None else 0
+    if known:
+        say(f"the search begins with {known} points that are known already")
+    if submission.done:
+        again = f", {submission.to_run} to run again" if submission.to_run else ""
+        say(f"the search goes on: {submission.done} trials are done already{again}")
 
 
 def _say_what_is_done(submission: Submission) -> None:

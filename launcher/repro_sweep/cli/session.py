@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from repro_sweep import protocol
+from repro_sweep.asking import AskingProcess
 from repro_sweep.cli.display import Display
 from repro_sweep.cli.main import say
+from repro_sweep.cli.reporting import write_report
 from repro_sweep.cli.reusing import reusing
 from repro_sweep.cli.summary import summarise
 from repro_sweep.cli.uploading import upload
@@ -77,7 +79,10 @@ class _Session:
         self._interrupts = 0
         self._stopped = False
         self._tracker = TrackerProcess(Path(self._spec.directory), lease.holder.epoch)
-        self._coordinator = _Coordinator(self._spec, ledger, self._tracker, lease)
+        self._asker: AskingProcess | None = None
+        if self._spec.search is not None or self._spec.pruner is not None:
+            self._asker = AskingProcess(Path(self._spec.directory))
+        self._coordinator = _Coordinator(self._spec, ledger, self._tracker, lease, self._asker)
         self._uploading: asyncio.Task[int] | None = None
         self._reusing: asyncio.Task[None] | None = None
 
@@ -85,6 +90,8 @@ class _Session:
         """Run the sweep, upload the rest, print the summary; returns the exit status."""
         self._handle_signals()
         await self._tracker.start()
+        if self._asker is not None:
+            await self._asker.start()
         server = Server(self._coordinator)
         try:
             await server.start()
@@ -92,14 +99,26 @@ class _Session:
                 self._lease.announce(server.path)
                 async with reusing(self._spec, self._coordinator, self._tracker) as self._reusing:
                     await self._coordinator.run(executors.create(self._spec, server.path))
+                await self._report()
                 left = await self._upload()
             error = self._tracker.progress.error
         finally:
             await server.stop()
+            if self._asker is not None:
+                await self._asker.kill()
             await self._tracker.kill()
             await self._coordinator.close()
         failed = summarise(self._spec, self._coordinator.progress(), left, error)
         return INTERRUPTED if self._interrupts else int(failed)
+
+    async def _report(self) -> None:
+        """Draw a search's report, which MLflow gets too, unless the user is in a hurry."""
+        search = self._spec.search
+        if search is None or not search.report or self._interrupts or self._stopped or self._coordinator.stopped:
+            return
+        problem = await write_report(Path(self._spec.directory))
+        if problem is not None:
+            say(f"there is no report: {problem}; 'repro-sweep report {self._spec.name}' tries again")
 
     async def _upload(self) -> int:
         """Bring the rest to MLflow, of a sweep that was stopped as much as is quickly done; returns what it lacks."""

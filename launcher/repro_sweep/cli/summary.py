@@ -12,7 +12,7 @@ from repro_sweep.cli.overview import FailedTrial
 from repro_sweep.cli.rankings import table
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Progress
-from repro_sweep.standings import Entry, rank_points
+from repro_sweep.standings import front_of, front_text, ranked_rows
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking.uri import is_http
@@ -83,26 +83,15 @@ def _trials(count: int) -> str:
 def _print_ranking(ledger: Ledger) -> None:
     spec = ledger.spec
     attempts = ledger.attempts()
-    values = {
-        attempt.trial: attempt.metrics.get(spec.ranked_by)
-        for attempt in attempts
-        if attempt.state is TrialState.COMPLETE
-    }
-    if all(value is None for value in values.values()):
+    rows = ranked_rows(spec, ledger.trials(), attempts)
+    if not any(row.n for row in rows):
         _print_no_ranking(spec, sorted({name for attempt in attempts for name in attempt.metrics}))
         return
-    entries = [
-        Entry(
-            number=trial.number,
-            params=trial.params,
-            state=trial.state,
-            value=values.get(trial.number),
-            point=trial.point,
-        )
-        for trial in ledger.trials()
-    ]
-    rows = rank_points(entries, spec.direction)
-    print(f"\nby {spec.ranked_by}, {spec.direction}:\n{table(rows[:_SHOWN_POINTS], spec.ranked_by)}")
+    objectives = spec.all_objectives
+    by = f"by {spec.ranked_by}, {spec.direction}"
+    if len(objectives) > 1:
+        by = front_text(objectives, len(front_of(rows)))
+    print(f"\n{by}:\n{table(rows[:_SHOWN_POINTS], [each.metric for each in objectives])}")
     if len(rows) > _SHOWN_POINTS:
         print(f"… {len(rows) - _SHOWN_POINTS} more: repro-sweep rank {spec.name}")
 

@@ -29,6 +29,7 @@ from repro_sweep.errors import SweepError
 
 _VERSION_BASE = "1.3"
 _CONFIG_DIR = "conf"
+_PRUNERS = ("sweep/pruner", "sweep/repeats_pruner")
 _FORCED = ("hydra/sweeper=repro_sweep", "hydra.mode=MULTIRUN")
 
 
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str], *, forced: Sequence[str] = ()) -> int:
     name = dotted.split(".")[-2] if dotted is not None and "." in dotted else "repro_sweep"
     hydra = Hydra.create_main_hydra2(task_name=name, config_search_path=search_path)
     try:
+        with mapped_errors(args.overrides):
+            args.overrides = _with_pruners_added(hydra, config_name, args.overrides)
         show = _shown(hydra, parser, args, config_name)
         if show is None:
             _multirun(hydra, config_name, args.overrides, [*_FORCED, *forced])
@@ -70,6 +73,19 @@ def main(arguments: Sequence[str], *, forced: Sequence[str] = ()) -> int:
     finally:
         GlobalHydra.instance().clear()
     return 0
+
+
+def _with_pruners_added(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> list[str]:
+    """``sweep/pruner=median`` as ``+sweep/pruner=median`` where the sweep's file chooses none that it could replace."""
+    chosen = [override for override in overrides if override.split("=")[0] in _PRUNERS]
+    if not chosen:
+        return list(overrides)
+    rest = [override for override in overrides if override not in chosen]
+    found = hydra.config_loader.compute_defaults_list(
+        config_name=config_name, overrides=rest, run_mode=RunMode.MULTIRUN
+    )
+    known = found.overrides.known_choices
+    return [f"+{each}" if each in chosen and each.split("=")[0] not in known else each for each in overrides]
 
 
 def _multirun(hydra: Hydra, config_name: str, overrides: Sequence[str], forced: Sequence[str]) -> None:

@@ -4,19 +4,24 @@ A *block* is a sequence of nodes that are combined with each other, the last one
 an *axis* (a key and its choices) or a *union* (blocks one after the other). What stands in a choice's block
 exists only with that choice. Everything is immutable; changing a tree means making a new one. The points
 are never held.
+
+In a search, an axis may have a range in place of choices, and each node with more than one possibility has a
+parameter, which chooses among them (:func:`with_parameters`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TypeAlias
 
+from repro_sweep.config.domains import Span
 from repro_sweep.config.grammar import token
 from repro_sweep.errors import SpaceError
+from repro_sweep.points import Parameter
 
 
 class Role(Enum):
@@ -37,10 +42,18 @@ class Choice:
     value: object
     block: Block = ()
 
+    @property
+    def text(self) -> str:
+        """The value as the override has it."""
+        return self.override.partition("=")[2]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """A key and its choices, at least one. ``pinned``: the command line fixed it to one value."""
+    """A key and its choices, at least one. ``pinned``: the command line fixed it to one value.
+
+    With a ``span`` the values are a range; the only choice is then a pattern, its override lacking the value.
+    """
 
     key: str
     name: str
@@ -48,18 +61,33 @@ class Axis:
     choices: tuple[Choice, ...]
     pinned: bool = False
     nested: bool = False
+    span: Span | None = None
+    parameter: Parameter | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Union:
-    """Blocks one after the other."""
+    """Blocks one after the other; ``name`` and ``labels`` say what a search calls them, in no trial's config."""
 
     blocks: tuple[Block, ...]
+    name: str
+    where: str
+    labels: tuple[str, ...]
+    parameter: Parameter | None = None
 
 
 Node: TypeAlias = Axis | Union
 Block: TypeAlias = tuple[Node, ...]
 Combination: TypeAlias = tuple[Choice, ...]
+
+
+def ordinary(base: Iterable[Axis], given: Iterable[Axis]) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+    """Merge as BasicSweeper does: the last of equal keys wins, at the first one's position."""
+    first = {axis.key: axis for axis in base}
+    last: dict[str, Axis] = {}
+    for axis in given:
+        (first if axis.key in first else last)[axis.key] = axis
+    return tuple(first.values()), tuple(last.values())
 
 
 def combinations(block: Block, start: int = 0) -> Iterator[Combination]:
@@ -172,9 +200,11 @@ def replace_axes(block: Block, by: Mapping[str, Axis]) -> Block:
 
 def _replace_node(node: Node, by: Mapping[str, Axis]) -> Node:
     if isinstance(node, Union):
-        return Union(tuple(replace_axes(inner, by) for inner in node.blocks))
+        return replace(node, blocks=tuple(replace_axes(inner, by) for inner in node.blocks))
     choices = node.choices
     if (other := by.get(node.name)) is not None:
+        if node.nested:
+            other = expanded(other, f"{other.where}: choices here have params of their own, so give choices")
         key = other.key if other.key != other.name else node.key
         blocks = {token(choice.value): choice.block for choice in choices} if node.nested else {}
         role = choices[0].role
@@ -188,7 +218,7 @@ def _replace_node(node: Node, by: Mapping[str, Axis]) -> Node:
             for choice in other.choices
         )
         nested = any(choice.block for choice in choices)
-        node = replace(node, key=key, where=other.where, pinned=other.pinned, nested=nested)
+        node = replace(node, key=key, where=other.where, pinned=other.pinned, nested=nested, span=other.span)
     if node.nested:
         choices = tuple(replace(choice, block=replace_axes(choice.block, by)) for choice in choices)
     return replace(node, choices=choices)
@@ -216,29 +246,75 @@ def zip_axes(block: Block, groups: Sequence[tuple[str, frozenset[str]]]) -> Bloc
             )
         if len(axes := [axis for axis in present if not axis.pinned]) < 2:
             continue
+        together = [id(axis) for axis in axes]
+        axes = [expanded(axis, f"{where}: keys that advance together need choices") for axis in axes]
         if len({len(axis.choices) for axis in axes}) > 1:
             lengths = ", ".join(f"{axis.name} has {len(axis.choices)}" for axis in axes)
             raise SpaceError(
                 f"{where}: keys that advance together must have equally many values, but {lengths}"
             )
-        rows = tuple(
-            tuple(replace(axis, choices=(axis.choices[row],)) for axis in axes)
-            for row in range(len(axes[0].choices))
-        )
-        together = {id(axis) for axis in axes}
+        first, *others = together
         nodes = [
-            Union(rows) if node is axes[0] else node
-            for node in nodes
-            if node is axes[0] or id(node) not in together
+            _zipped(axes, where) if id(node) == first else node for node in nodes if id(node) not in others
         ]
     return tuple(nodes)
 
 
+def _zipped(axes: Sequence[Axis], where: str) -> Union:
+    """The rows of axes that advance together, labelled with their values."""
+    rows = list(zip(*(axis.choices for axis in axes), strict=True))
+    return Union(
+        blocks=tuple(
+            tuple(replace(axis, choices=(choice,)) for axis, choice in zip(axes, row, strict=True))
+            for row in rows
+        ),
+        name=",".join(axis.name for axis in axes),
+        where=where,
+        labels=tuple(", ".join(choice.text for choice in row) for row in rows),
+    )
+
+
 def _zip_inside(node: Node, groups: Sequence[tuple[str, frozenset[str]]]) -> Node:
     if isinstance(node, Union):
-        return Union(tuple(zip_axes(inner, groups) for inner in node.blocks))
+        return replace(node, blocks=tuple(zip_axes(inner, groups) for inner in node.blocks))
     if not node.nested:
         return node
     return replace(
         node, choices=tuple(replace(choice, block=zip_axes(choice.block, groups)) for choice in node.choices)
+    )
+
+
+def expanded(axis: Axis, refusal: str = "") -> Axis:
+    """The axis with the values of its range as choices, in Hydra's order.
+
+    Raises:
+        SpaceError: the range is an interval, or too long; the message is ``refusal`` and what was got, if given.
+    """
+    if axis.span is None:
+        return axis
+    try:
+        terms = axis.span.terms()
+    except SpaceError as error:
+        if not refusal:
+            raise
+        raise SpaceError(f"{refusal}; got {axis.name}={axis.span.text}") from error
+    (pattern,) = axis.choices
+    choices = tuple(
+        replace(pattern, override=pattern.override + term.text, value=term.value) for term in terms
+    )
+    return replace(axis, choices=choices, span=None)
+
+
+def expand_all(block: Block) -> Block:
+    """The block with :func:`expanded` axes, at any depth."""
+    return tuple(_expand_node(node) for node in block)
+
+
+def _expand_node(node: Node) -> Node:
+    if isinstance(node, Union):
+        return replace(node, blocks=tuple(expand_all(inner) for inner in node.blocks))
+    if not node.nested:
+        return expanded(node)
+    return replace(
+        node, choices=tuple(replace(choice, block=expand_all(choice.block)) for choice in node.choices)
     )

@@ -109,6 +109,11 @@ class Composer:
             )
         self._hydras = tuple(hydras)
 
+    @property
+    def loader(self) -> ConfigLoader:
+        """Hydra's own, which finds the options of config groups."""
+        return self._loader
+
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """The config that the task gets: Hydra's result without ``hydra`` and the stripped nodes.
 
@@ -122,6 +127,13 @@ class Composer:
         cfg = self._hydras_way(overrides)
         cfg.__dict__["_content"].pop("hydra")
         return self._with_cache(cfg)
+
+    def whole(self, overrides: Sequence[str]) -> DictConfig:
+        """The whole config, ``hydra`` included, that these overrides' values and choices lead to.
+
+        Raises :class:`CompositionError`.
+        """
+        return self._with_cache(self._hydras_way(overrides))
 
     def prepare(self, overrides: Sequence[str]) -> bool:
         """Compose what these overrides' config stands on, so that processes forked afterwards need not.

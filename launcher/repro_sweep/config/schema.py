@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
 from omegaconf import MISSING
 
+from repro_sweep.config import optuna_samplers
 from repro_sweep.executors import base as executors
 from repro_sweep.search import base as searchers
 
@@ -57,7 +59,7 @@ class RetriesConf:
 
 @dataclass
 class BudgetConf:
-    """What ends a search, whatever is reached first: trials, hours, a value of the metric, points without a better one."""
+    """What ends a search, whatever comes first: trials, hours, a value of the metric, points that are no better."""
 
     trials: int | None = None
     hours: float | None = None
@@ -69,9 +71,6 @@ class BudgetConf:
 class SweepConf:
     """The options of a sweep, as ``docs/sweep.md`` explains them."""
 
-    defaults: list[Any] = field(
-        default_factory=lambda: ["_self_", {"pruner": "none"}, {"repeats_pruner": "none"}]
-    )
     name: str | None = None
     task: str | None = None
     metric: Any = None
@@ -91,6 +90,7 @@ class SweepConf:
     enqueue: list[dict[str, Any]] = field(default_factory=list)
     constraints: list[str] = field(default_factory=list)
     custom_search_space: str | None = None
+    report: bool = True
     max_failures: int | None = None
     log_limit_mb: float = 20.0
     retries: RetriesConf = field(default_factory=RetriesConf)
@@ -103,17 +103,41 @@ class SweepConf:
 
 @dataclass
 class SweeperConf:
-    """``hydra.sweeper``: ``params`` as in Hydra's own basic sweeper; ``plan`` shows the trials and starts none."""
+    """``hydra.sweeper``: ``params`` as in Hydra's own basic sweeper; ``plan`` shows the trials and starts none.
 
+    The other keys are hydra-optuna-sweeper's, null where they are not given (see ``config.optuna_sweeper``). Hydra must
+    not make the sampler when it makes the sweeper, hence ``_recursive_``.
+    """
+
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"sampler": "unset"}])
     _target_: str = "hydra_plugins.repro_sweep.sweeper.ReproSweeper"
-    params: dict[str, Any] = field(default_factory=dict)
+    _recursive_: bool = False
+    params: dict[str, Any] | None = field(default_factory=dict)
     plan: bool = False
+    sampler: Any = None
+    direction: Any = None
+    storage: Any = None
+    study_name: str | None = None
+    n_trials: int | None = None
+    n_jobs: int | None = None
+    max_failure_rate: float | None = None
+    search_space: dict[str, Any] | None = None
+    custom_search_space: str | None = None
+
+
+@dataclass
+class OptunaSweeperConf(SweeperConf):
+    """``hydra/sweeper=optuna`` where hydra-optuna-sweeper is not installed: always a search."""
+
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"sampler": "tpe"}])
+    n_trials: int | None = optuna_samplers.DEFAULT_TRIALS
 
 
 def register() -> None:
     """Put the schemas into the ConfigStore (again, without harm)."""
     store = ConfigStore.instance()
     store.store(group="hydra/sweeper", name="repro_sweep", node=SweeperConf, provider="repro_sweep")
+    _register_for_optuna_sweeper(store)
     store.store(group="sweep", name="base_sweep", node=SweepConf, provider="repro_sweep")
     store.store(
         group="sweep",
@@ -123,5 +147,21 @@ def register() -> None:
     )
     for name, conf in executors.options().items():
         store.store(group="sweep/executor", name=name, node=conf, provider="repro_sweep")
-    for name, conf in searchers.options().items():
-        store.store(group="sweep/sampler", name=name, node=conf, provider="repro_sweep")
+    for name, options in searchers.options().items():
+        store.store(group="sweep/sampler", name=name, node=options, provider="repro_sweep")
+    for name, options in searchers.pruner_options().items():
+        for group in ("sweep/pruner", "sweep/repeats_pruner"):
+            store.store(group=group, name=name, node=options, provider="repro_sweep")
+
+
+def _register_for_optuna_sweeper(store: ConfigStore) -> None:
+    """What an application written for hydra-optuna-sweeper names in its defaults, unless somebody else provides it.
+
+    That plugin, if it is imported later, replaces these.
+    """
+    nodes: dict[tuple[str, str], Any] = {("hydra/sweeper", "optuna"): OptunaSweeperConf}
+    nodes |= {("hydra/sweeper/sampler", name): node for name, node in optuna_samplers.group().items()}
+    for (group, name), node in nodes.items():
+        path = f"{group}/{name}.yaml"
+        if store.get_type(path) is ObjectType.NOT_FOUND or store.load(path).provider == "repro_sweep":
+            store.store(group=group, name=name, node=node, provider="repro_sweep")

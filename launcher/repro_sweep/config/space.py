@@ -1,7 +1,8 @@
 """The space of a sweep: ``sweep.params``, ``zip``, ``exclude``, ``repeats`` and the command line as points.
 
-Where no feature of repro-sweep is used, the points and their order are those of Hydra's BasicSweeper
-(``hydra/_internal/core_plugins/basic_sweeper.py``). What the features mean is said in :class:`Space`.
+A grid expands it; a search draws from it, and may have ranges in it. Where no feature of repro-sweep is used, the
+points and their order are those of Hydra's BasicSweeper (``hydra/_internal/core_plugins/basic_sweeper.py``). What the
+features mean is said in :class:`Space`.
 
 A space never composes a config: whether a key exists is Hydra's to judge. Nor does it drop duplicates:
 points may repeat (``x=1,1``), and two different ones may resolve to the same config; whoever composes them
@@ -10,20 +11,17 @@ tells.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.override_parser.types import Override
-from omegaconf import Container, OmegaConf
 
-from repro_sweep.config import axes
-from repro_sweep.config.axes import Axis, Block, Choice, Combination, Role
-from repro_sweep.config.grammar import Grammar, Term, Token, bare_name, key_name, sequence, token
+from repro_sweep.config import axes, domains, walks
+from repro_sweep.config.axes import Block, Combination, Role
+from repro_sweep.config.grammar import Grammar, Token, bare_name, token
+from repro_sweep.config.reader import Clause, Reader, mapping, native
 from repro_sweep.errors import SpaceError
-from repro_sweep.points import Point
-
-Clause = dict[str, frozenset[Token]]
+from repro_sweep.points import Choose, Parameter, Point, Scalar
 
 
 class Space:
@@ -49,11 +47,15 @@ class Space:
         hydra_params: ``hydra.sweeper.params``; they come first, and give way to equal keys of all other
             sources.
         config_loader: finds the options of config groups for ``glob``.
+        search: the space is drawn from: ``interval(…)`` is allowed, and ``range(…)`` is a numeric range.
+            All else that has several values is one categorical parameter: the rows of a ``zip_`` too, named as
+            their keys, and the mappings of a list in ``params``, named so.
+        extended: a function of the user's adds parameters, so there need be none here.
 
     Raises:
         SpaceError: something of the above is not so, a sweep of Hydra's own configuration or of the sweep's
-            options is asked for, an axis has no values, or a key in ``zip_`` or ``exclude`` is no key of
-            the space.
+            options is asked for, an axis has no values, a key in ``zip_`` or ``exclude`` is no key of
+            the space, or there is nothing to search.
     """
 
     def __init__(
@@ -66,11 +68,13 @@ class Space:
         overrides: Sequence[str] = (),
         hydra_params: Mapping[str, str] | None = None,
         config_loader: ConfigLoader | None = None,
+        search: bool = False,
+        extended: bool = False,
     ) -> None:
-        reader = _Reader(Grammar(config_loader))
-        base, given = reader.override_axes(_native(hydra_params) or {}, overrides)
-        declared = reader.params(_native(params))
-        repeated = reader.repeats(_native(repeats))
+        reader = Reader(Grammar(config_loader), search=search)
+        base, given = reader.override_axes(native(hydra_params) or {}, overrides)
+        declared = reader.params(native(params))
+        repeated = reader.repeats(native(repeats))
         axes.check_names(declared)
         if both := axes.all_names(declared) & axes.axis_names(repeated):
             raise SpaceError(
@@ -78,21 +82,29 @@ class Space:
             )
 
         by = {axis.name: axis for axis in given}
-        grid, again = axes.replace_axes(declared, by), axes.replace_axes(repeated, by)
+        by_again = {name: axes.expanded(by[name]) for name in axes.axis_names(repeated) & by.keys()}
+        grid, again = axes.replace_axes(declared, by), axes.replace_axes(repeated, by_again)
         live = axes.all_names(grid) | axes.axis_names(again)
-        first, last = _ordinary(base, [axis for axis in given if axis.name not in live])
+        first, last = axes.ordinary(base, [axis for axis in given if axis.name not in live])
         always = axes.names_in_all(grid) | axes.axis_names(again)
         first = tuple(axis for axis in first if axis.name not in always)
-        self._shadowed = {axis.name for axis in first} & live
+        self._shadowed = frozenset({axis.name for axis in first} & live)
 
-        groups = reader.zip(_native(zip_))
-        self._exclude = reader.exclude(_native(exclude))
+        groups = reader.zip(native(zip_))
+        self._exclude = reader.exclude(native(exclude))
         block, before = first + grid + last, first + declared + last
         _check_zip(groups, (before, block, repeated))
         _check_exclude(
             self._exclude, axes.all_names(before) | axes.all_names(block) | axes.all_names(repeated)
         )
-        self._block: Block = axes.zip_axes(block, groups) + axes.zip_axes(again, groups)
+        block, self._again = axes.zip_axes(block, groups), axes.zip_axes(again, groups)
+        self._block: Block = block + self._again
+        self._tree: Block = walks.with_parameters(block, self._shadowed) if search else ()
+        if search and not extended and not self.parameters():
+            raise SpaceError(
+                "sweep.params: there is nothing to search: no key has several values; give one choices or a "
+                "range, such as interval(0, 1)"
+            )
 
     def __len__(self) -> int:
         """The same as :attr:`size`."""
@@ -100,17 +112,25 @@ class Space:
 
     @property
     def size(self) -> int:
-        """The number of points, repeats included, before ``exclude`` drops any; expands nothing."""
-        return axes.count(self._block)
+        """The number of points, repeats included, before ``exclude`` drops any; expands nothing but ranges.
+
+        Raises:
+            SpaceError: there is an interval.
+        """
+        return axes.count(self._grid)
+
+    @property
+    def _grid(self) -> Block:
+        return axes.expand_all(self._block) if self._tree else self._block
 
     def __iter__(self) -> Iterator[Point]:
         """Expand the points one by one.
 
         Raises:
-            SpaceError: at the end, if ``exclude`` has dropped every point.
+            SpaceError: there is an interval; at the end, if ``exclude`` has dropped every point.
         """
         empty = True
-        for combination in axes.combinations(self._block):
+        for combination in axes.combinations(self._grid):
             choices = self._unshadowed(combination) if self._shadowed else combination
             if self._exclude and self._is_excluded(choices):
                 continue
@@ -118,6 +138,96 @@ class Space:
             yield _point(choices)
         if empty:
             raise SpaceError(f"sweep.exclude: drops all of the {self.size} points; nothing is left to run")
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """All that a search can choose, each after what it depends on; none in a space that is no search's."""
+        return tuple(walks.parameters(self._tree))
+
+    def draw(self, choose: Choose) -> tuple[Point, ...]:
+        """The point that results from choosing each parameter that exists, once for each repeat; empty if excluded.
+
+        Raises:
+            ValueError: ``choose`` has returned something outside of the parameter's domain.
+        """
+        drawn = self._unshadowed(walks.draw(self._tree, choose, self._shadowed))
+        repeats = (drawn + again for again in axes.combinations(self._again))
+        return tuple(_point(choices) for choices in repeats if not self._is_excluded(choices))
+
+    def assign(self, params: Mapping[str, object]) -> dict[str, Scalar] | None:
+        """What must be chosen to draw the point with these params, by the names of parameters.
+
+        None where the space does not have it: a parameter's key is missing, a value is not in its range or among its
+        choices, or a key does not exist beside the others. A key of which the space has one value may be missing, and
+        keys that the space has nowhere are ignored.
+        """
+        known = axes.all_names(self._tree) & params.keys()
+        found: dict[str, Scalar] | None = None
+        for combination, values in walks.fits(self._tree, params, self._shadowed):
+            if not known <= {choice.name for choice in combination}:
+                continue
+            if all(choice.name in params for choice in combination if choice.role is Role.PARAM):
+                return values
+            found = values if found is None else found
+        return found
+
+    def assign_partial(self, params: Mapping[str, object], where: str) -> dict[str, Scalar]:
+        """What must be chosen for a point to have these values, whatever its others are.
+
+        A key that exists only with some choice brings the choice along: the first that allows its value.
+
+        Args:
+            params: plain values by key.
+            where: the place of ``params`` for errors.
+
+        Raises:
+            SpaceError: a key that the space does not have, a value that it has in no branch, or keys that never
+                exist together.
+        """
+        plain = mapping(native(params), where, "a mapping of keys to values")
+        return walks.partial(self._tree, {bare_name(str(key)): value for key, value in plain.items()}, where)
+
+    def probes(self) -> Iterator[tuple[Point, ...]]:
+        """Draws that together have every choice, and both ends of every range, wherever these are not excluded.
+
+        Raises:
+            SpaceError: at the end, if ``exclude`` has dropped every point that was tried.
+        """
+        seen: set[tuple[str, Token]] = set()
+        for values in walks.covering(self._tree):
+            yield from self._probe(values, seen, tries=1)
+        if self._exclude or self._shadowed:
+            for values in walks.wanted(self._tree):
+                *_, (name, value) = values.items()
+                if (name, token(value)) not in seen:
+                    yield from self._probe(values, seen, tries=100, must=name)
+        if not seen:  # such as where both ends of the only range are excluded
+            yield from self._probe({}, seen, tries=1000)
+        if not seen:
+            raise SpaceError("sweep.exclude: drops every point that was tried; nothing is left to search")
+
+    def _probe(
+        self,
+        values: Mapping[str, Scalar],
+        seen: set[tuple[str, Token]],
+        *,
+        tries: int,
+        must: str | None = None,
+    ) -> Iterator[tuple[Point, ...]]:
+        """The first draw with these values that is not excluded and has the parameter ``must``, if there is one."""
+        dice = random.Random(0)  # noqa: S311  # not the module's own, which shuffle draws from
+        for _ in range(tries):
+            drawn: dict[str, Scalar] = {}
+
+            def choose(parameter: Parameter, drawn: dict[str, Scalar] = drawn) -> Scalar:
+                name = parameter.name
+                drawn[name] = values[name] if name in values else domains.sample(parameter.domain, dice)
+                return drawn[name]
+
+            points = self.draw(choose)
+            if points and (must is None or must in drawn):
+                seen.update((name, token(value)) for name, value in drawn.items())
+                yield points
+                return
 
     def _unshadowed(self, combination: Combination) -> Combination:
         """Without the choices of ``hydra.sweeper.params`` whose key a conditional axis has set as well."""
@@ -141,178 +251,6 @@ def _point(combination: Combination) -> Point:
         elif choice.role is Role.REPEAT:
             repeat[choice.name] = choice.value
     return Point(overrides=tuple([choice.override for choice in combination]), params=params, repeat=repeat)
-
-
-def _ordinary(base: Iterable[Axis], given: Iterable[Axis]) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
-    """Merge as BasicSweeper does: the last of equal keys wins, at the first one's position."""
-    first = {axis.key: axis for axis in base}
-    last: dict[str, Axis] = {}
-    for axis in given:
-        (first if axis.key in first else last)[axis.key] = axis
-    return tuple(first.values()), tuple(last.values())
-
-
-def _native(value: object) -> object:
-    """OmegaConf's containers as plain ones; interpolations stay for the trial's config to resolve."""
-    return OmegaConf.to_container(value, resolve=False) if isinstance(value, Container) else value
-
-
-class _Reader:
-    """Reads each part of a sweep's space into axes; every error names the place."""
-
-    def __init__(self, grammar: Grammar) -> None:
-        self._grammar = grammar
-
-    def override_axes(self, hydra_params: object, overrides: Sequence[str]) -> tuple[list[Axis], list[Axis]]:
-        """The axes of ``hydra.sweeper.params`` and of the command line, each as it stands."""
-        where = "hydra.sweeper.params"
-        items = _mapping(hydra_params, where, "a mapping of keys to values")
-        texts = [(f"{where}.{key}", f"{key}={value}") for key, value in items.items()]
-        texts += [("command line", text) for text in overrides]
-        # All are parsed before any is expanded: so shuffle draws its random numbers in BasicSweeper's order.
-        parsed = [(self._grammar.parse(text, place), place) for place, text in texts]
-        parsed[len(items) :] = [(o, f"{place}, {o.get_key_element()}") for o, place in parsed[len(items) :]]
-        for override, where in parsed:
-            if override.is_sweep_override():
-                _check_key(override, where)
-        made = [self._axis_of(override, where) for override, where in parsed]
-        return made[: len(items)], made[len(items) :]
-
-    def params(self, params: object) -> Block:
-        """``sweep.params`` as a block."""
-        where = "sweep.params"
-        if not isinstance(params, (list, tuple)):
-            return self._block(params, where, Role.PARAM)
-        if not params:
-            raise SpaceError(
-                f"{where}: the list has no grid; give it mappings of keys to values, or leave it out"
-            )
-        return (
-            axes.Union(
-                tuple(self._block(grid, f"{where}[{i}]", Role.PARAM) for i, grid in enumerate(params))
-            ),
-        )
-
-    def repeats(self, repeats: object) -> Block:
-        """``sweep.repeats`` as a block of plain axes."""
-        return self._block(repeats, "sweep.repeats", Role.REPEAT)
-
-    def zip(self, groups: object) -> list[tuple[str, frozenset[str]]]:
-        """``sweep.zip`` as pairs of a place and the names of the axes."""
-        result: list[tuple[str, frozenset[str]]] = []
-        what = "a list of lists of keys, such as [[model.width, model.depth]]"
-        for i, group in enumerate(sequence(groups or (), "sweep.zip", what)):
-            where = f"sweep.zip[{i}]"
-            keys = [bare_name(str(key)) for key in sequence(group, where, "a list of keys")]
-            if len(keys) < 2 or len(set(keys)) < len(keys):
-                raise SpaceError(f"{where}: must name at least two different keys, got {group!r}")
-            for other, names in result:
-                if shared := names & set(keys):
-                    raise SpaceError(f"{where}: {min(shared)!r} stands in {other} too")
-            result.append((where, frozenset(keys)))
-        return result
-
-    def exclude(self, clauses: object) -> list[Clause]:
-        """``sweep.exclude`` as the tokens that each clause drops, by name."""
-        result: list[Clause] = []
-        what = "a list of mappings of keys to values"
-        for i, clause in enumerate(sequence(clauses or (), "sweep.exclude", what)):
-            where = f"sweep.exclude[{i}]"
-            items = _mapping(_native(clause), where, "a mapping of keys to values")
-            if not items:
-                raise SpaceError(f"{where}: names no key, so it would drop every point")
-            result.append({})
-            for key, value in items.items():
-                override, terms = self._terms(key, value, f"{where}.{key}")
-                result[-1][key_name(override)] = frozenset(token(term.value) for term in terms)
-        return result
-
-    def _block(self, params: object, where: str, role: Role) -> Block:
-        items = _mapping(params or {}, where, "a mapping of keys to values")
-        return tuple(self._axis(key, value, f"{where}.{key}", role) for key, value in items.items())
-
-    def _axis(self, key: object, value: object, where: str, role: Role) -> Axis:
-        if isinstance(value, Mapping):
-            return self._conditional(key, value, where, role)
-        override, terms = self._terms(key, value, where)
-        _check_key(override, where)
-        return _make_axis(override, terms, where, role)
-
-    def _conditional(self, key: object, branches: Mapping[object, object], where: str, role: Role) -> Axis:
-        override = self._grammar.parse_key(key, where)
-        _check_key(override, where)
-        if role is Role.REPEAT:
-            raise SpaceError(f"{where}: repeats are never conditional; give it values such as range(3)")
-        if not branches:
-            raise SpaceError(
-                f"{where}: the mapping has no choices; give it values, or choices with their params"
-            )
-        terms: list[Term] = []
-        blocks: list[Block] = []
-        for name, nested in branches.items():
-            place = f"{where}.{name}"
-            terms.append(self._choice(str(key), name, place))
-            if token(terms[-1].value) in {token(term.value) for term in terms[:-1]}:
-                raise SpaceError(f"{place}: the choice {terms[-1].text} stands here twice")
-            mapping = _mapping(
-                {} if nested is None else nested, place, "a mapping of params that go with this choice"
-            )
-            blocks.append(self._block(mapping, place, role))
-        return _make_axis(override, terms, where, role, blocks)
-
-    def _choice(self, key: str, name: object, where: str) -> Term:
-        if not isinstance(name, str):
-            return self._grammar.literal(name, where)
-        parsed = self._grammar.parse(f"{key}={name}", where)
-        if parsed.is_sweep_override():
-            raise SpaceError(f"{where}: must be one choice, got {name!r}")
-        return self._grammar.terms(parsed, where)[0]
-
-    def _terms(self, key: object, value: object, where: str) -> tuple[Override, Sequence[Term]]:
-        override = self._grammar.parse_key(key, where)
-        if isinstance(value, str):
-            if value == "???":
-                raise SpaceError(f"{where}: is missing (???); give it values")
-            override = self._grammar.parse(f"{key}={value.strip()}", where)
-            return override, self._grammar.terms(override, where)
-        if not isinstance(value, (list, tuple)):
-            return override, (self._grammar.literal(value, where),)
-        if not value:
-            raise SpaceError(f"{where}: the list has no values; write [[]] for the empty list as a value")
-        return override, tuple(self._grammar.literal(item, f"{where}[{i}]") for i, item in enumerate(value))
-
-    def _axis_of(self, override: Override, where: str) -> Axis:
-        role = Role.PARAM if override.is_sweep_override() else Role.FIXED
-        axis = _make_axis(override, self._grammar.terms(override, where), where, role)
-        return replace(axis, pinned=not override.is_sweep_override())
-
-
-def _make_axis(
-    override: Override, terms: Sequence[Term], where: str, role: Role, blocks: Sequence[Block] | None = None
-) -> Axis:
-    key, name = override.get_key_element(), key_name(override)
-    blocks = blocks or [()] * len(terms)
-    choices = tuple(
-        Choice(name=name, role=role, override=f"{key}={term.text}", value=term.value, block=block)
-        for term, block in zip(terms, blocks, strict=True)
-    )
-    return Axis(key=key, name=name, where=where, choices=choices, nested=any(blocks))
-
-
-def _check_key(override: Override, where: str) -> None:
-    """Refuse to sweep what decides about the sweep itself."""
-    if override.is_hydra_override():
-        raise SpaceError(
-            f"{where}: Sweeping over Hydra's configuration is not supported: {override.input_line!r}"
-        )
-    if override.key_or_group.replace("/", ".").split(".")[0] == "sweep":
-        raise SpaceError(f"{where}: the options of a sweep cannot be swept: {override.input_line!r}")
-
-
-def _mapping(value: object, where: str, what: str) -> Mapping[object, object]:
-    if isinstance(value, Mapping):
-        return value
-    raise SpaceError(f"{where}: must be {what}, got {value!r}")
 
 
 def _check_zip(groups: Iterable[tuple[str, frozenset[str]]], blocks: Sequence[Block]) -> None:

@@ -1,17 +1,21 @@
 """What a searcher is, and how one is found by its name.
 
-A searcher decides which point is tried next. A new one is a module in this folder, named as it is chosen in
-``sweep/sampler=NAME``, or an entry point in the group ``repro_sweep.searchers`` that refers to such a
-module. Either has two names: ``OPTIONS``, the dataclass of its typed options (put into Hydra's
-ConfigStore), and ``SEARCHER``, its class. Nothing here may import Hydra, Optuna or the space.
+A :class:`Searcher` hands out all points of a space before anything starts; a :class:`Search` suggests one after the
+other. A new one is a module in this folder, named as it is chosen in ``sweep/sampler=NAME``, or an entry point in the
+group ``repro_sweep.searchers`` that refers to such a module. Either has two names: ``OPTIONS``, the dataclass of its
+typed options (put into Hydra's ConfigStore), and ``SEARCHER``, its class. A module for several samplers has a mapping
+from their names to the options of each as ``OPTIONS``. Nothing here may import Hydra, Optuna or the space.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Protocol
+from importlib import import_module
+from types import ModuleType
+from typing import Protocol, TypeAlias
 
 from repro_sweep import plugins
 from repro_sweep.errors import SpaceError
@@ -20,6 +24,10 @@ from repro_sweep.states import TrialState
 
 ENTRY_POINT_GROUP = "repro_sweep.searchers"
 _PACKAGE = "repro_sweep.search"
+_HELPERS = plugins.PORT | {"checks", "memory", "pruning", "samplers", "study", "targets"}
+
+Options: TypeAlias = type | Mapping[str, object]
+"""What Hydra's ConfigStore gets: a dataclass, or a plain mapping where any further key is an option."""
 
 
 class Searcher(ABC):
@@ -57,6 +65,13 @@ class SearchSpace(Protocol):
 
     def assign(self, params: Mapping[str, object]) -> dict[str, Scalar] | None:
         """The values, by the names of parameters, of the point with these params; None where the space has it not."""
+
+    def assign_partial(self, params: Mapping[str, object], where: str) -> dict[str, Scalar]:
+        """The values, by the names of parameters, that some params fix; ``where`` names them in errors.
+
+        Raises:
+            SpaceError: the space has no such parameter or no such value.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,17 +127,23 @@ class Search(ABC):
     def should_prune(self, number: int) -> bool:
         """Whether suggestion ``number`` is not worth going on with, by what was reported."""
 
-    def learn(self, values: Mapping[str, Scalar], state: TrialState, objectives: Sequence[float]) -> None:  # noqa: B027
+    def learn(  # noqa: B027
+        self,
+        values: Mapping[str, Scalar],
+        state: TrialState,
+        objectives: Sequence[float],
+        violations: Sequence[float] = (),
+    ) -> None:
         """Something that is known from elsewhere, before the first suggestion; a search may ignore it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """A searcher that was found: its name, its dataclass of options, and its class."""
+    """A searcher or search that was found: its name, its options, and its class."""
 
     name: str
-    options: type
-    searcher: type[Searcher]
+    options: Options
+    searcher: type[Searcher | Search]
 
 
 def load(name: str) -> Sampler:
@@ -131,15 +152,18 @@ def load(name: str) -> Sampler:
     Raises:
         SpaceError: there is none, or what there is does not define ``OPTIONS`` and ``SEARCHER``.
     """
-    module = plugins.load(_PACKAGE, ENTRY_POINT_GROUP, name)
-    if module is None:
+    own = _provided().get(name)
+    module = own or plugins.load(_PACKAGE, ENTRY_POINT_GROUP, name, _HELPERS)
+    if module is None or name not in names():
         raise SpaceError(f"sweep.sampler: {name!r} is not a sampler ({', '.join(names())})")
     options, searcher = getattr(module, "OPTIONS", None), getattr(module, "SEARCHER", None)
-    if not (isinstance(options, type) and is_dataclass(options)):
+    if isinstance(options, Mapping):
+        options = options.get(name)
+    if not (isinstance(options, Mapping) or (isinstance(options, type) and is_dataclass(options))):
         raise SpaceError(
             f"sweep.sampler: {name!r}: {module.__name__}.OPTIONS must be a dataclass, got {options!r}"
         )
-    if not (isinstance(searcher, type) and issubclass(searcher, Searcher)):
+    if not (isinstance(searcher, type) and issubclass(searcher, (Searcher, Search))):
         raise SpaceError(
             f"sweep.sampler: {name!r}: {module.__name__}.SEARCHER must be a Searcher, got {searcher!r}"
         )
@@ -147,14 +171,47 @@ def load(name: str) -> Sampler:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all searchers, sorted; none is imported for it."""
-    return plugins.names(_PACKAGE, ENTRY_POINT_GROUP)
+    """The names of all samplers, sorted; no other package's is imported for it."""
+    modules = plugins.names(_PACKAGE, ENTRY_POINT_GROUP, _HELPERS)
+    own = _modules()
+    return tuple(sorted({*_provided(), *(name for name in modules if name not in own)}))
 
 
-def options() -> dict[str, type]:
-    """The dataclass of options of every searcher, by name.
+def options() -> dict[str, Options]:
+    """The options of every sampler, by name.
 
     Raises:
         SpaceError: a searcher does not define what it must.
     """
     return {name: load(name).options for name in names()}
+
+
+def pruner_options() -> dict[str, Options]:
+    """The options of every pruner, by name: for ``sweep/pruner`` and ``sweep/repeats_pruner``."""
+    found: dict[str, Options] = dict(import_module(f"{_PACKAGE}.pruning").OPTIONS)
+    return found
+
+
+def asks_quickly_until(name: str) -> int | None:
+    """How many finished suggestions it takes until another one costs this sampler more than some 10 ms.
+
+    None: it is always quick, or it is not known. A search that is not quick any more is better asked ahead of time.
+    """
+    known: Mapping[str, int | None] = getattr(_provided().get(name), "ASKS_QUICKLY_UNTIL", {})
+    return known.get(name)
+
+
+def _provided() -> dict[str, ModuleType]:
+    """The module of each sampler of this folder: its own name, or the names in its mapping of options."""
+    found: dict[str, ModuleType] = {}
+    for name, module in _modules().items():
+        given = getattr(module, "OPTIONS", None)
+        found |= dict.fromkeys(given if isinstance(given, Mapping) else (name,), module)
+    return found
+
+
+def _modules() -> dict[str, ModuleType]:
+    """The modules of this folder that are searchers; cheap, as none imports its library before it is used."""
+    package = import_module(_PACKAGE)
+    found = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return {name: import_module(f"{_PACKAGE}.{name}") for name in found if name not in _HELPERS}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import Reused
+from repro_sweep.standings import constraints_of
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking.encoding import PREFIX, restored, safe_key
@@ -127,10 +128,12 @@ def _result(run: FinishedRun, spec: SweepSpec) -> Reused | None:
     for key, value in _final(run.tags):
         metrics.pop(safe_key(key), None)
         metrics[key] = value
-    if spec.ranked_by not in metrics and safe_key(spec.ranked_by) in metrics:
-        metrics[spec.ranked_by] = metrics.pop(safe_key(spec.ranked_by))
-    needed = metrics.get(spec.ranked_by)
-    if not metrics or (spec.metric is not None and (needed is None or math.isnan(needed))):
+    named = {each.metric for each in spec.all_objectives} | {each.metric for each in constraints_of(spec)}
+    for name in named:
+        if name not in metrics and safe_key(name) in metrics:
+            metrics[name] = metrics.pop(safe_key(name))
+    lacks = any(math.isnan(metrics.get(name, math.nan)) for name in named)
+    if not metrics or (spec.metric is not None and lacks):
         return None
     return Reused(
         run_id=run.run_id,

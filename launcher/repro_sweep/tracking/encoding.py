@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 
 from repro_sweep.records import Attempt, Trial
+from repro_sweep.standings import constraints_of
 from repro_sweep.states import FailureKind, TrialState
-from repro_sweep.sweep import SweepSpec
+from repro_sweep.sweep import Chosen, SweepSpec
 
 PREFIX = "repro_sweep."
 CONFIG_ARTIFACT = "repro_sweep/config.yaml"
@@ -37,10 +38,14 @@ STATUS = {
     TrialState.WAITING: "SCHEDULED",
     TrialState.RUNNING: "RUNNING",
     TrialState.COMPLETE: "FINISHED",
-    TrialState.PRUNED: "KILLED",
+    TrialState.PRUNED: "FINISHED",
     TrialState.FAIL: "FAILED",
 }
-"""MLflow's status of a run for each state of its trial; the same as in MLflow's own storage for Optuna."""
+"""MLflow's status of a run for each state of its trial.
+
+MLflow has none for a pruned trial: it has ended as it should, with a value, and the tag ``state`` says that it is
+PRUNED. KILLED is left to what the user has ended.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,11 +294,41 @@ def sweep_tags(spec: SweepSpec) -> dict[str, str]:
             git_dirty=dirty,
             repeats=canonical(spec.repeats),
             sampler=spec.sampler,
+            objectives=_fitting([each.model_dump() for each in spec.objectives]),
+            constraints=_fitting([each.model_dump() for each in constraints_of(spec)]),
+            search=_fitting(search_params(spec)),
             code=spec.code,
             executor=spec.executor_name,
             directory=spec.directory,
         ),
     }
+
+
+def search_params(spec: SweepSpec) -> dict[str, str]:
+    """The params of a sweep's own run: what it looks for, and how."""
+    found: dict[str, object] = {
+        "sampler": spec.sampler,
+        "objectives": ", ".join(f"{each.direction} {each.metric}" for each in spec.all_objectives),
+    }
+    search = spec.search
+    if search is not None:
+        found |= _chosen("sampler", search.sampler)
+        found["seed"] = search.seed
+        budget = search.budget.model_dump(exclude_none=True)
+        found |= {f"budget.{key}": value for key, value in budget.items()}
+        found |= _chosen("repeats_pruner", search.repeats_pruner)
+        if search.constraints:
+            found["constraints"] = ", ".join(
+                f"{each.metric} {each.operator} {each.bound:g}" for each in search.constraints
+            )
+    found |= _chosen("pruner", spec.pruner)
+    return {safe_key(key): shorten(clean(str(value)), PARAM_LIMIT) for key, value in found.items()}
+
+
+def _chosen(kind: str, chosen: Chosen | None) -> dict[str, object]:
+    if chosen is None:
+        return {}
+    return {kind: chosen.name} | {f"{kind}.{key}": value for key, value in chosen.options.items()}
 
 
 def counts_tag(counts: Mapping[TrialState, int]) -> dict[str, str]:

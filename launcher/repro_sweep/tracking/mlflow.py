@@ -325,6 +325,7 @@ class MlflowTracker(Tracker):
                     if n != SWEEP and n not in self._cleared
                 ],
                 cleared=self._cleared,
+                report=self._log.meta("report") or "",
             )
         assert self._place is not None
         work = load_work(self._ledger, self._spec, row)
@@ -358,6 +359,8 @@ class MlflowTracker(Tracker):
         if isinstance(upload, SweepUpload):
             self._place = upload.place
             self._closed = upload.closing
+            if upload.report != (self._log.meta("report") or ""):
+                self._log.set_meta(report=upload.report)
             if upload.found:  # this sweep has runs already, and the notes about them are lost
                 self._search_always()
         elif isinstance(upload, TrialUpload) and upload.incomplete:

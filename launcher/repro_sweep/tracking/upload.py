@@ -7,6 +7,7 @@ Runs in the tracker's threads and touches neither the ledger nor ``tracking.db``
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from abc import ABC, abstractmethod
@@ -28,6 +29,8 @@ from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, artifa
 _REPORTS_AT_ONCE = 5000
 _LOG = "trial.log"
 _ARTIFACTS = "artifacts"
+REPORT = "report.html"
+"""A page about the sweep in its directory, which becomes an artifact of its run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +171,8 @@ class TrialUpload(Upload):
         if self._changed and not sent.basics:  # found on the server: its parent may be another one by now
             tags |= encoding.fixed_tags(work.spec, trial, self._place.parent_run)
             del tags["mlflow.runName"]
-        self._log(sent.run_id, points, params, tags)
+        # A param that the task itself has logged with another value stays as it is.
+        _log(self._store, sent.run_id, points, params, tags)
         sent.seq = work.seq
 
     def put_files(self) -> None:
@@ -229,19 +233,6 @@ class TrialUpload(Upload):
         sent.run_id, sent.artifact_uri = run.run_id, run.artifact_uri
         return True
 
-    def _log(
-        self, run_id: str, points: list[Point], params: Mapping[str, str], tags: Mapping[str, str]
-    ) -> None:
-        try:
-            self._store.log(run_id, points=points, params=params, tags=tags)
-        except Refused:
-            there = self._store.params(run_id) if params else {}
-            if all(there.get(key, value) == value for key, value in params.items()):
-                raise
-            # The task has logged a param of the same name with another value: its own word stands.
-            rest = {key: value for key, value in params.items() if key not in there}
-            self._store.log(run_id, points=points, params=rest, tags=tags)
-
     def _put_basics(self, artifact_uri: str) -> None:
         self._store.put_text(artifact_uri, encoding.CONFIG_ARTIFACT, self._trial.config)
         overrides = yaml.safe_dump(list(self._trial.overrides), allow_unicode=True)
@@ -256,7 +247,8 @@ class SweepUpload(Upload):
 
     ``suspects`` are trials whose run may exist twice: number, identity and right run; when the sweep is closed the
     others are deleted, and the trial's number is added to ``cleared``. ``found``: a run of this sweep was there that
-    ``sent`` knows nothing of.
+    ``sent`` knows nothing of. ``report`` is the fingerprint of the report that is there, empty where there is none; a
+    newer one is sent when the sweep is closed.
     """
 
     def __init__(
@@ -270,6 +262,7 @@ class SweepUpload(Upload):
         closing: bool,
         suspects: Sequence[tuple[int, str, str]],
         cleared: set[int],
+        report: str = "",
     ) -> None:
         self._store = store
         self._spec = spec
@@ -279,24 +272,36 @@ class SweepUpload(Upload):
         self.closing = closing
         self.sent = sent
         self.place = place
+        self.report = report
         self.found = False
 
     def record(self) -> None:
         """See :meth:`Upload.record`."""
         tags = encoding.counts_tag(self._counts)
+        params: dict[str, str] = {}
         if self.place is None:
             experiment = self._store.experiment(self._spec.tracking.experiment)
             tags |= encoding.sweep_tags(self._spec)
+            params = encoding.search_params(self._spec)
         else:
             experiment = self.place.experiment
         if self.sent.run_id is None:
             self._ensure_run(experiment)
         assert self.sent.run_id is not None
-        self._store.log(self.sent.run_id, tags=tags)
+        # A sweep that was submitted again with other options keeps its params: MLflow changes none. Its tags are new.
+        _log(self._store, self.sent.run_id, [], params, tags)
         self.place = Place(experiment=experiment, parent_run=self.sent.run_id)
 
     def put_files(self) -> None:
-        """The sweep's run has no files yet."""
+        """See :meth:`Upload.put_files`."""
+        file = Path(self._spec.directory) / REPORT
+        if not (self.closing and file.is_file()):
+            return
+        assert self.sent.artifact_uri is not None
+        fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
+        if fingerprint != self.report:
+            self._store.put_file(self.sent.artifact_uri, REPORT, file)
+            self.report = fingerprint
 
     def conclude(self) -> None:
         """See :meth:`Upload.conclude`."""
@@ -334,6 +339,20 @@ class SweepUpload(Upload):
             ]
             self.sent.final = encoding.STATUS[TrialState.RUNNING]  # as MLflow creates them
         self.sent.run_id, self.sent.artifact_uri = runs[0].run_id, runs[0].artifact_uri
+
+
+def _log(
+    store: Store, run_id: str, points: list[Point], params: Mapping[str, str], tags: Mapping[str, str]
+) -> None:
+    """Log all of these, without the params that the run has with another value: the first word stands."""
+    try:
+        store.log(run_id, points=points, params=params, tags=tags)
+    except Refused:
+        there = store.params(run_id) if params else {}
+        if all(there.get(key, value) == value for key, value in params.items()):
+            raise
+        rest = {key: value for key, value in params.items() if key not in there}
+        store.log(run_id, points=points, params=rest, tags=tags)
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -27,6 +27,7 @@ from repro_sweep.worker.attempt import Run, failure
 from repro_sweep.worker.client import CoordinatorLostError
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.nursery import Nursery
+from repro_sweep.worker.outbox import Answer, Outbox
 from repro_sweep.worker.wire import STACKS_SIGNAL
 
 HEARTBEAT_S = 1.0
@@ -35,7 +36,6 @@ _LOOK_S = 0.1
 _IDLE_S = 0.5
 _END_S = 10.0
 _FIRST_JOIN_S = 60.0
-_MOST_REPORTS = 5000
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ class Agent:
         self._running: dict[str, Run] = {}
         self._claimed: set[str] = set()
         self._idle: set[int] = set()
-        self._outbox: list[protocol.Report] = []
-        self._outbox_lock = threading.Lock()
+        self._outbox = Outbox()
         self._stopping = threading.Event()
         self._done = threading.Event()
         self._failed = False
@@ -85,10 +84,11 @@ class Agent:
         self._end()
         return not self._failed
 
-    def report(self, report: protocol.Report) -> None:
-        """Queue a trial's report for sending."""
-        with self._outbox_lock:
-            self._outbox.append(report)
+    def report(self, report: protocol.Report, answer: Answer | None) -> None:
+        """Queue a trial's report for sending; see :class:`repro_sweep.worker.attempt.Desk`."""
+        self._outbox.add(report, answer)
+        if self._link.lost_for_s:
+            self._outbox.excuse()
 
     def find_run(self, attempt: str) -> dict[str, Any]:
         """The MLflow run of an attempt's trial."""
@@ -122,6 +122,8 @@ class Agent:
             self._kill(registered.stop)
             if registered.leave:
                 self._stopping.set()
+        if self._link.lost_for_s:
+            self._outbox.excuse()
         if not self._running and self._link.lost_for_s > 60 * self._spec.limits.orphan_timeout_min:
             log.warning("no coordinator for %g min: leaving", self._spec.limits.orphan_timeout_min)
             self._stopping.set()
@@ -161,17 +163,14 @@ class Agent:
 
     def _send_reports(self) -> None:
         while True:
-            time.sleep(_FLUSH_S)
-            with self._outbox_lock:
-                batch = tuple(self._outbox[:_MOST_REPORTS])
+            batch = self._outbox.gather(_FLUSH_S)
             if not batch:
                 continue
-            message = protocol.Reports(worker=self._worker, reports=batch)
+            reports = tuple(entry.report for entry in batch)
+            message = protocol.Reports(worker=self._worker, reports=reports)
             with contextlib.suppress(CoordinatorLostError), self._failing_on_refusal():
-                self._link.post("/report", message, protocol.Acknowledged)
-                with self._outbox_lock:  # until now, a finish would have taken them along
-                    sent = set(map(id, batch))
-                    self._outbox = [report for report in self._outbox if id(report) not in sent]
+                reply = self._link.post("/report", message, protocol.Acknowledged)
+                self._outbox.sent(batch, reply.prune)  # until now, a finish would have taken them along
 
     @contextlib.contextmanager
     def _failing_on_refusal(self) -> Any:
@@ -246,14 +245,11 @@ class Agent:
             log.exception("trial %d", assignment.trial)
             run.kill(FailureKind.EXCEPTION)
             result = failure(FailureKind.EXCEPTION, f"the worker failed: {error!r}")
-        with self._outbox_lock:
-            mine = [report for report in self._outbox if report.attempt == assignment.attempt]
-            self._outbox = [report for report in self._outbox if report.attempt != assignment.attempt]
         return protocol.Finish(
             worker=self._worker,
             attempt=assignment.attempt,
             ended_at=time.time(),
-            reports=tuple(mine),
+            reports=self._outbox.take(assignment.attempt),
             **result,
         )
 

@@ -9,6 +9,7 @@ import os
 import selectors
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.worker import oom
 from repro_sweep.worker.nursery import Child, Nursery
+from repro_sweep.worker.outbox import Answer
 from repro_sweep.worker.output import CappedLog
 
 LOG_NAME = "trial.log"
@@ -31,8 +33,8 @@ _LONGEST_WAIT_S = 3600.0  # a limit may be infinite, a wait may not
 class Desk(Protocol):
     """Where an attempt hands in what its trial says."""
 
-    def report(self, report: protocol.Report) -> None:
-        """Queue a trial's report for sending."""
+    def report(self, report: protocol.Report, answer: Answer | None) -> None:
+        """Queue a trial's report for sending; ``answer`` is set where the trial waits to hear whether to go on."""
 
     def find_run(self, attempt: str) -> dict[str, Any]:
         """The MLflow run of an attempt's trial."""
@@ -57,6 +59,8 @@ class Run:
         self._limits = spec.limits
         self._gpus = gpus
         self._child: Child | None = None
+        self._channel: socket.socket | None = None
+        self._saying = threading.Lock()
         self._killed: FailureKind | None = None
         self._buffer = b""
         self._started = self._reported = time.monotonic()
@@ -92,6 +96,8 @@ class Run:
     def _run(self, stack: contextlib.ExitStack, output: CappedLog) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         stack.enter_context(ours)
+        self._channel = ours
+        stack.callback(self._hang_up)
         read, write = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, read)
         try:
@@ -168,17 +174,30 @@ class Run:
             message = json.loads(line)
             if "report" in message:
                 self._reported, self._stacks_until = time.monotonic(), None
-                self._desk.report(protocol.Report(attempt=self._assignment.attempt, **message["report"]))
+                report = protocol.Report(attempt=self._assignment.attempt, **message["report"])
                 self.reported = True
+                self._desk.report(report, self._answer if message.get("asks") else None)
             elif "run" in message:
-                answer = json.dumps(self._desk.find_run(self._assignment.attempt))
-                with contextlib.suppress(OSError):  # it was killed while it waited
-                    channel.sendall(answer.encode() + b"\n")
+                self._say(self._desk.find_run(self._assignment.attempt))
             elif "imported" in message:
                 self._nursery.preload(message["imported"])
             else:
                 self._result = message["result"]
         return bool(data)
+
+    def _answer(self, seq: int, prune: bool) -> None:
+        """See :data:`repro_sweep.worker.outbox.Answer`."""
+        self._say({"verdict": [seq, prune]}, socket.MSG_DONTWAIT)
+
+    def _say(self, message: dict[str, Any], flags: int = 0) -> None:
+        """Send one line to the trial, from any thread, while there is one."""
+        with self._saying, contextlib.suppress(OSError):  # it was killed while it waited
+            if self._channel is not None:
+                self._channel.sendall(json.dumps(message).encode() + b"\n", flags)
+
+    def _hang_up(self) -> None:
+        with self._saying:
+            self._channel = None
 
     def _outcome(self) -> dict[str, Any]:
         child = self._child

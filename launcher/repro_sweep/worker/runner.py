@@ -10,7 +10,6 @@ import atexit
 import errno
 import faulthandler
 import logging
-import math
 import os
 import random
 import socket
@@ -25,6 +24,7 @@ from hydra import version
 from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from repro_sweep import task as tasks
@@ -32,12 +32,13 @@ from repro_sweep.config.compose import Composer
 from repro_sweep.config.yamltext import hydra_yaml, to_yaml
 from repro_sweep.errors import TrackingError, TrialPruned, UserError
 from repro_sweep.states import FailureKind, TrialState
-from repro_sweep.sweep import UNNAMED_METRIC, SweepSpec
+from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking import inside
 from repro_sweep.tracking.base import RunRef
 from repro_sweep.worker import preload, threads, trial
 from repro_sweep.worker.attempt import FULL_DISK
 from repro_sweep.worker.logs import JobLogging
+from repro_sweep.worker.returned import final_metrics
 from repro_sweep.worker.wire import STACKS_SIGNAL
 
 _MESSAGE_LIMIT = 2000
@@ -94,7 +95,12 @@ class Runner:
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # text streams on descriptors
         faulthandler.enable(file=2)
         faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
-        context = trial.Context(socket.socket(fileno=channel_fd), Path(message["directory"]), message["run"])
+        context = trial.Context(
+            socket.socket(fileno=channel_fd),
+            Path(message["directory"]),
+            message["run"],
+            judged=_judged(self._spec),
+        )
         trial.enter(context)
         known = preload.imported()
         result = self._result(message, context)
@@ -108,11 +114,13 @@ class Runner:
             inside.install(lambda: _find_run(context), uri=self._spec.tracking.uri)
             value = self._run_job(message, context)
             inside.settle()
-            return {"state": TrialState.COMPLETE, **_final_metrics(value, context.last, self._spec.metric)}
-        except TrialPruned:
-            inside.settle()
-            return {"state": TrialState.PRUNED, "metrics": context.last}
+            return {"state": TrialState.COMPLETE, **final_metrics(value, context.last, self._spec)}
         except BaseException as error:  # noqa: BLE001  (user code: whatever it raises is the trial's failure)
+            pruning = _pruning(error)
+            if pruning is not None:
+                logging.getLogger("repro_sweep").info("pruned: %s", _text(pruning))
+                inside.settle()
+                return {"state": TrialState.PRUNED, "metrics": context.last}
             inside.settle(failed=True)
             _print_exception(error)
             kind = _kind(error)
@@ -150,6 +158,13 @@ class Runner:
         own = {key: str(value) for key, value in node.job.env_set.items() if key != _GPUS}
         os.environ.update(own)
         return _call(self._task, config, job)
+
+
+def _judged(spec: SweepSpec) -> str | None:
+    """The metric by whose reports trials are pruned; None where none is."""
+    if spec.pruner is None or spec.pruner.name == "none":
+        return None
+    return spec.all_objectives[0].metric
 
 
 def _call(task: Callable[[Any], object], config: DictConfig, job: DictConfig) -> object:
@@ -220,40 +235,20 @@ def _check_drift(composed: str, frozen: str) -> None:
     raise DriftError(f"the config has drifted since it was submitted: {changed}")
 
 
-def _final_metrics(value: object, reported: Mapping[str, float], metric: str | None) -> dict[str, Any]:
-    """The final metrics from what the task returned, or the failure that it makes."""
-    metrics = dict(reported)
-    if isinstance(value, (Mapping, DictConfig)):
-        returned = dict(value.items())
-    elif value is None:
-        returned = {}
-    else:
-        returned = {metric or UNNAMED_METRIC: value}
-    for name, item in returned.items():
-        try:
-            metrics[trial.metric_name(name)] = trial.as_number(item, f"returned metric '{name}'")
-        except TypeError as error:
-            if name == metric:
-                return _invalid(str(error), metrics)
-            logging.getLogger("repro_sweep").info("%s: it is not recorded", error)
-    if metric is not None and metric not in metrics:
-        names = ", ".join(sorted(metrics)) or "nothing"
-        return _invalid(f"sweep.metric: the task does not return '{metric}' ({names})", metrics) | {
-            "missing": True
-        }
-    if metric is not None and math.isnan(metrics[metric]):
-        return _invalid(f"metric '{metric}' is NaN", metrics)
-    return {"metrics": metrics}
+def _pruning(error: BaseException) -> BaseException | None:
+    """The exception by which the task gave its trial up, None where it has failed.
 
-
-def _invalid(message: str, metrics: dict[str, float]) -> dict[str, Any]:
-    print(f"repro-sweep: {message}", file=sys.stderr)  # noqa: T201  (the trial's own log)
-    return {
-        "state": TrialState.FAIL,
-        "kind": FailureKind.INVALID_METRIC,
-        "message": message,
-        "metrics": metrics,
-    }
+    It is ours, or Optuna's in a task that was written for Optuna; ``hydra.utils.instantiate`` wraps what is raised
+    inside of it. What a task itself raises from such an exception is a failure like any other.
+    """
+    optuna = sys.modules.get("optuna.exceptions")  # not imported for it: only who has it can raise it
+    kinds = (TrialPruned, getattr(optuna, "TrialPruned", TrialPruned))
+    link: BaseException | None = error
+    for _ in range(_LONGEST_CHAIN):
+        if not isinstance(link, InstantiationException):
+            break
+        link = link.__cause__
+    return link if isinstance(link, kinds) else None
 
 
 def _kind(error: BaseException) -> FailureKind:

@@ -5,8 +5,10 @@ Outside of a sweep these do no harm, so that a task function also runs under pla
 
 from __future__ import annotations
 
+import contextlib
 import json
 import numbers
+import os
 import socket
 import threading
 import time
@@ -14,25 +16,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repro_sweep.errors import ReproSweepError
+from repro_sweep.errors import ReproSweepError, TrialPruned
 from repro_sweep.spool import ReportLog
+from repro_sweep.worker.inbox import Inbox
 
 
 class Context:
-    """The running trial's link to its worker: JSON lines over a socket."""
+    """The running trial's link to its worker: JSON lines over a socket.
 
-    def __init__(self, channel: socket.socket, directory: Path, attempt: str) -> None:
+    Args:
+        channel: the socket.
+        directory: the trial's.
+        attempt: the id of this attempt.
+        judged: the metric by whose reports trials are pruned; None where none is.
+    """
+
+    def __init__(
+        self, channel: socket.socket, directory: Path, attempt: str, *, judged: str | None = None
+    ) -> None:
         self.directory = directory
         self._reports = ReportLog(directory, attempt)
         self._channel = channel
-        self._lines = channel.makefile("rb")
+        self._judged = judged
+        self._inbox = Inbox(channel)
         self._lock = threading.Lock()  # user code may report from threads of its own
         self.last: dict[str, float] = {}
+
+    def forked(self) -> None:
+        """In a process that the trial has forked, maybe while another of its threads held the lock."""
+        self._lock = threading.Lock()
+        self._inbox.forked()
 
     def send(self, **message: object) -> None:
         """Send one message to the worker."""
         with self._lock:
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
+            self._say(message)
 
     def ask(self, **message: object) -> dict[str, Any]:
         """Send one message and wait for its answer.
@@ -40,22 +58,42 @@ class Context:
         Raises:
             ReproSweepError: the worker is gone.
         """
-        with self._lock:
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
-            line = self._lines.readline()
-        if not line:
+        # where another process of the trial may wait for a verdict, neither may take the other's answer
+        turn = contextlib.nullcontext() if self._judged is None else self._reports.turn()
+        with self._lock, turn:
+            self._say(message)
+            answer = self._inbox.answer()
+        if answer is None:
             raise ReproSweepError("the worker of this trial is gone")
-        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send metrics of one step; they also are the final ones unless the task returns others."""
+        """Send metrics of one step; they also are the final ones unless the task returns others.
+
+        Where trials are pruned, it waits for the verdict. One report of the trial waits at a time, so a verdict is
+        always that of the report that waits for it.
+
+        Raises:
+            TrialPruned: the trial is not worth going on with.
+        """
         now = time.time()
         with self._lock, self._reports.turn():
             self.last.update(metrics)
             seq = self._reports.add(step, now, metrics)
             report = {"seq": seq, "step": step, "time": now, "metrics": dict(metrics)}
-            self._channel.sendall(json.dumps({"report": report}).encode() + b"\n")
+            if self._judged is None:
+                self._say({"report": report})
+                return
+            self._inbox.hear()
+            asks = self._judged in metrics and not self._inbox.stop
+            self._say({"report": report, "asks": asks})
+            if asks:
+                self._inbox.await_verdict(seq)
+            if self._inbox.stop:
+                raise TrialPruned(f"step {step}: the trial is not worth going on with")
+
+    def _say(self, message: Mapping[str, object]) -> None:
+        self._channel.sendall(json.dumps(message).encode() + b"\n")
 
 
 _MOST_STEPS = 2**63
@@ -66,6 +104,7 @@ def enter(context: Context) -> None:
     """Make this process a trial; done once, by the child that the zygote forked."""
     global _context
     _context = context
+    os.register_at_fork(after_in_child=context.forked)
 
 
 def report(step: int, /, **metrics: float) -> None:
@@ -80,6 +119,8 @@ def report(step: int, /, **metrics: float) -> None:
 
     Raises:
         TypeError: ``step`` is no whole number, or a metric is no number.
+        TrialPruned: the sweep has a pruner, and this trial is not worth going on with. It is raised again by each later
+            call; a task that lets it through ends as PRUNED, with the last value of each metric.
     """
     if not isinstance(step, numbers.Integral) or isinstance(step, bool):
         raise TypeError(f"report: step must be a whole number, got {step!r}")

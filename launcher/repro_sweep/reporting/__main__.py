@@ -1,0 +1,48 @@
+"""``python -m repro_sweep.reporting DIRECTORY``: writes the report of a sweep, at low priority."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+_NICE = 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report of the sweep in the given directory; returns 0, or 1 after one line that says why not."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m repro_sweep.reporting DIRECTORY\n")
+        return 1
+    _yield_to_trials()
+    try:
+        _write(Path(arguments[0]))
+    except Exception as error:  # noqa: BLE001  (a sweep has ended well without its report)
+        text = " ".join(str(error).split())
+        sys.stderr.write(f"no report: {text or type(error).__name__}\n")
+        return 1
+    return 0
+
+
+def _write(directory: Path) -> None:
+    from repro_sweep.ledger import Ledger
+    from repro_sweep.reporting import write_report
+
+    with warnings.catch_warnings(), contextlib.closing(Ledger.open(directory, readonly=True)) as ledger:
+        warnings.simplefilter("ignore")  # libraries' remarks are for those who write code
+        write_report(ledger, directory)
+
+
+def _yield_to_trials() -> None:
+    os.nice(_NICE)
+    # Linux may weigh sessions instead of processes
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(_NICE))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

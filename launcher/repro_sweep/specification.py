@@ -1,0 +1,428 @@
+"""From the sweep's options, as Hydra composed them, to the record that a coordinator and its workers run from.
+
+Nothing is expanded, written or started here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from repro_sweep import machine, task
+from repro_sweep.config.compose import composition_of
+from repro_sweep.config.optuna_sweeper import DEFAULT_TRIALS, Translation
+from repro_sweep.config.schema import SweepConf
+from repro_sweep.config.trials import SUBDIR
+from repro_sweep.errors import SweepError
+from repro_sweep.executors import base as executors
+from repro_sweep.provenance.source import code_fingerprint, git_state
+from repro_sweep.records import now
+from repro_sweep.search import base as searchers
+from repro_sweep.search.grid import GridConf
+from repro_sweep.standings import usual_direction
+from repro_sweep.states import Direction, FailureKind
+from repro_sweep.sweep import (
+    UNNAMED_METRIC,
+    Budget,
+    Chosen,
+    Composition,
+    Constraint,
+    Limits,
+    Objective,
+    Origin,
+    Resources,
+    SearchSpec,
+    SpaceSpec,
+    SweepSpec,
+    TaskSpec,
+    Tracking,
+)
+from repro_sweep.tracking.uri import resolve_uri
+
+_HYDRA_DIR = "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"
+_HYDRA_SUBDIR = "${hydra.job.num}"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_CONSTRAINT = re.compile(r"\s*(.+?)\s*(<=|>=)\s*(\S+)\s*")
+_MAX_SEED = 2**31
+_Number = TypeVar("_Number", int | None, float | None, float)
+
+
+def sweep_options(config: DictConfig) -> SweepConf:
+    """The typed options of the sweep; the defaults where the application has no sweep node of ours.
+
+    Raises:
+        SweepError: an option is missing or cannot be resolved.
+    """
+    if not is_ours(config):
+        defaults = SweepConf(
+            sampler=GridConf(), executor=executors.load("local").OPTIONS()
+        )
+        return OmegaConf.structured(defaults)  # type: ignore[no-any-return]
+    node: SweepConf = config.sweep
+    try:
+        missing = OmegaConf.missing_keys(node)
+        OmegaConf.to_container(config.sweep, resolve=True)
+    except OmegaConfBaseException as error:
+        raise SweepError(f"sweep: {str(error).splitlines()[0]}") from error
+    if missing:
+        first = min(missing)
+        raise SweepError(
+            f"sweep.{first}: has no value; put '{first}: …' into the defaults of the sweep's YAML"
+        )
+    return node
+
+
+def adopt(options: SweepConf, config: DictConfig, asked: Translation) -> Chosen:
+    """Take over what ``hydra.sweeper`` asks for where the ``sweep`` node says nothing; returns the sampler."""
+    choice = str(config.hydra.runtime.choices.get("sweep/sampler") or "grid")
+    if not asked.search or asked.sampler is None or choice != "grid":
+        return Chosen(name=choice, options=_plain(options.sampler))
+    if options.metric is None and len(asked.directions) > 1:
+        options.metric = [f"{UNNAMED_METRIC}_{i}" for i in range(len(asked.directions))]
+    if options.direction is None:
+        directions = [str(each) for each in asked.directions or (Direction.MINIMIZE,)]
+        options.direction = directions if len(directions) > 1 else directions[0]
+    budget = options.budget
+    if all(each is None for each in (budget.trials, budget.hours, budget.target, budget.plateau)):
+        budget.trials = asked.trials or DEFAULT_TRIALS
+    if options.max_failures is None:
+        options.max_failures = asked.max_failures
+    if asked.slots is not None and options.executor.get("slots", 0) is None:
+        options.executor.slots = asked.slots
+    options.custom_search_space = options.custom_search_space or asked.custom_search_space
+    return asked.sampler
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Command-line overrides: those of the task, and those of the ``sweep`` node, which trials do not see.
+
+    Raises:
+        SweepError: several sweeps at once (``+sweep=a,b``).
+    """
+    mine: list[str] = []
+    theirs: list[str] = []
+    for override in OverridesParser.create().parse_overrides(list(arguments)):
+        line = override.input_line or ""
+        if re.split(r"[./@]", override.key_or_group, maxsplit=1)[0] != "sweep":
+            theirs.append(line)
+            continue
+        if override.is_sweep_override():
+            raise SweepError(
+                f"{line}: the sweep's own options take one value; to sweep over a key, name that key"
+            )
+        mine.append(line)
+    return theirs, mine
+
+
+def is_ours(config: DictConfig) -> bool:
+    return "sweep" in config and OmegaConf.get_type(config, "sweep") is SweepConf
+
+
+def name_of(options: SweepConf, config: DictConfig) -> str:
+    name = options.name or (config.hydra.runtime.choices.get("sweep") if is_ours(config) else None)
+    name = str(name or config.hydra.job.name)
+    if not _NAME.fullmatch(name):
+        raise SweepError(f"sweep.name: '{name}' must consist of letters, digits, '.', '_' and '-'")
+    return name
+
+
+def directory_of(config: DictConfig, name: str) -> Path:
+    if _raw_sweep(config)["dir"] == _HYDRA_DIR:
+        return Path.cwd() / "multirun" / name
+    try:
+        return Path.cwd() / str(config.hydra.sweep.dir)
+    except OmegaConfBaseException as error:
+        raise SweepError(f"hydra.sweep.dir: {str(error).splitlines()[0]}") from error
+
+
+def composition_with(config: DictConfig, loader: ConfigLoader, directory: Path) -> Composition:
+    """Hydra's composition, with our directories in place of Hydra's defaults as overrides like any other.
+
+    A directory that refers to the sweep's own node is resolved here: trials do not have that node.
+    """
+    raw = _raw_sweep(config)
+    chosen = []
+    if raw["dir"] == _HYDRA_DIR or "${sweep" in raw["dir"]:
+        quoted = str(directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory)
+        quoted = quoted.replace("\\", "\\\\").replace("'", "\\'")
+        chosen.append(f"hydra.sweep.dir='{quoted}'")
+    if raw["subdir"] == _HYDRA_SUBDIR:
+        chosen.append(f"hydra.sweep.subdir={SUBDIR}")
+    composition = composition_of(config, loader, strip=("sweep",) if is_ours(config) else ())
+    return composition.model_copy(update={"hydra_overrides": (*composition.hydra_overrides, *chosen)})
+
+
+def _raw_sweep(config: DictConfig) -> dict[Any, Any]:
+    raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    assert isinstance(raw, dict)
+    return raw
+
+
+def task_of(options: SweepConf, found: TaskSpec | None) -> TaskSpec:
+    if found is not None:
+        if options.task is not None and options.task != found.name:
+            raise SweepError(f"sweep.task: is {options.task}, but this application's task is {found.name}")
+        return found
+    if options.task is None:
+        raise SweepError(
+            "sweep.task: is missing; choose a sweep with +sweep=NAME, or name the task function:"
+            " sweep.task=package.module.function"
+        )
+    spec = task.from_dotted(options.task, "sweep.task")
+    task.load(spec)
+    return spec
+
+
+def specify(
+    options: SweepConf,
+    config: DictConfig,
+    name: str,
+    directory: Path,
+    task_spec: TaskSpec,
+    composition: Composition,
+    overrides: Sequence[str],
+    sampler: Chosen,
+    params: Mapping[str, object],
+    command: str,
+) -> SweepSpec:
+    """The sweep's record.
+
+    Raises:
+        SweepError: an option is not what it must be.
+    """
+    git = git_state(Path.cwd())
+    choices = config.hydra.runtime.choices
+    cwd = Path.cwd()
+    objectives = _objectives(options.metric, options.direction)
+    gpus = options.resources.gpus_per_trial
+    if gpus is None:
+        gpus = 1.0 if machine.inspect().gpus else 0.0
+    return SweepSpec(
+        sweep_id=uuid.uuid4().hex,
+        name=name,
+        directory=str(directory),
+        task=task_spec,
+        composition=composition,
+        resources=Resources(
+            cpus=_positive(options.resources.cpus_per_trial, "sweep.resources.cpus_per_trial"),
+            gpus=_gpu_share(gpus),
+            mem_gb=None
+            if options.resources.mem_gb_per_trial is None
+            else _positive(options.resources.mem_gb_per_trial, "sweep.resources.mem_gb_per_trial"),
+        ),
+        tracking=Tracking(
+            uri=resolve_uri(options.tracking.uri, cwd, os.environ),
+            experiment=options.tracking.experiment or name,
+        ),
+        origin=Origin.here(
+            command, git_commit=git.commit if git else None, git_dirty=git.dirty if git else None
+        ),
+        metric=objectives[0].metric if objectives else None,
+        direction=objectives[0].direction if objectives else _direction(options.direction, UNNAMED_METRIC),
+        executor_name=str(choices.get("sweep/executor") or "local"),
+        executor=_plain(options.executor),
+        sampler=sampler.name,
+        max_failures=_not_negative(options.max_failures, "sweep.max_failures"),
+        log_limit_mb=_positive(options.log_limit_mb, "sweep.log_limit_mb"),
+        created_at=now(),
+        repeats=tuple(str(key).lstrip("+") for key in options.repeats),
+        limits=_limits(options),
+        code=code_fingerprint(cwd),
+        reuse=options.reuse,
+        objectives=objectives if len(objectives) > 1 else (),
+        pruner=_pruner(options.pruner, choices.get("sweep/pruner"), "sweep/pruner"),
+        search=_search(options, sampler, choices.get("sweep/repeats_pruner"), params, overrides),
+    )
+
+
+def _objectives(metric: object, direction: object) -> tuple[Objective, ...]:
+    """Those that the sweep names, none where it names no metric."""
+    metrics = _texts(metric, "sweep.metric", "the name of a metric, or a list of names")
+    directions = _texts(direction, "sweep.direction", f"one of {', '.join(Direction)}, or a list of them")
+    if len(set(metrics)) < len(metrics):
+        raise SweepError(f"sweep.metric: names a metric twice: {', '.join(metrics)}")
+    if directions and len(directions) != max(1, len(metrics)):
+        raise SweepError(
+            f"sweep.direction: must have one direction for each metric,"
+            f" got {len(directions)} for {len(metrics)} metrics"
+        )
+    return tuple(
+        Objective(metric=name, direction=_direction(directions[i] if directions else None, name))
+        for i, name in enumerate(metrics)
+    )
+
+
+def _texts(value: object, where: str, what: str) -> list[str]:
+    if value is None:
+        return []
+    items = list(value) if isinstance(value, ListConfig | list | tuple) else [value]
+    if not items or not all(isinstance(item, str) and item for item in items):
+        raise SweepError(f"{where}: must be {what}, got {value!r}")
+    return [str(item) for item in items]
+
+
+def _pruner(node: object, choice: object, where: str) -> Chosen | None:
+    if choice in (None, "none"):
+        return None
+    if choice not in (known := searchers.pruner_options()):
+        raise SweepError(f"{where}: {choice!r} is not a pruner ({', '.join(sorted(known))})")
+    return Chosen(name=str(choice), options=_plain(node))
+
+
+def _search(
+    options: SweepConf,
+    sampler: Chosen,
+    repeats_pruner: object,
+    params: Mapping[str, object],
+    overrides: Sequence[str],
+) -> SearchSpec | None:
+    """How points are searched for; None for a grid."""
+    between = _pruner(options.repeats_pruner, repeats_pruner, "sweep/repeats_pruner")
+    budget = _budget(options)
+    if not issubclass(searchers.load(sampler.name).searcher, searchers.Search):
+        _refuse_for_grids(options, budget, between, sampler.name)
+        return None
+    if budget == Budget():
+        raise SweepError(
+            "sweep.budget: a search needs an end: sweep.budget.trials=100, or hours, target, plateau"
+        )
+    if between is not None and not options.repeats:
+        raise SweepError("sweep/repeats_pruner: there are no repeats to prune (sweep.repeats)")
+    seed = sampler.options.get("seed")
+    return SearchSpec(
+        sampler=sampler,
+        seed=secrets.randbelow(_MAX_SEED) if seed is None else int(str(seed)),
+        space=SpaceSpec(
+            params=_raw(options.params),
+            zip=_raw(options.zip),
+            exclude=_raw(options.exclude),
+            repeats=_raw(options.repeats),
+            overrides=tuple(overrides),
+            hydra_params=dict(params),
+        ),
+        budget=budget,
+        enqueue=tuple(_plain(point) for point in options.enqueue),
+        start_from=tuple(options.start_from),
+        repeats_pruner=between,
+        constraints=tuple(_constraint(text, f"sweep.constraints[{i}]") for i, text in enumerate(options.constraints)),
+        custom_search_space=options.custom_search_space,
+        report=options.report,
+    )
+
+
+def _refuse_for_grids(options: SweepConf, budget: Budget, between: Chosen | None, sampler: str) -> None:
+    """A grid has all its points, so what steers a search would be ignored."""
+    given = {
+        "sweep.budget": budget != Budget(),
+        "sweep.start_from": bool(options.start_from),
+        "sweep.enqueue": bool(options.enqueue),
+        "sweep.constraints": bool(options.constraints),
+        "sweep.custom_search_space": options.custom_search_space is not None,
+        "sweep/repeats_pruner": between is not None,
+    }
+    for where, is_given in given.items():
+        if is_given:
+            raise SweepError(f"{where}: is for searches, and sweep/sampler={sampler} runs every point; try sweep/sampler=tpe")
+
+
+def _budget(options: SweepConf) -> Budget:
+    budget = options.budget
+    for name in ("trials", "plateau"):
+        value = getattr(budget, name)
+        if value is not None and value < 1:
+            raise SweepError(f"sweep.budget.{name}: must be at least 1, got {value}")
+    if budget.target is not None and not math.isfinite(budget.target):
+        raise SweepError(f"sweep.budget.target: must be a finite number, got {budget.target}")
+    return Budget(
+        trials=budget.trials,
+        hours=_positive_or_none(budget.hours, "sweep.budget.hours"),
+        target=budget.target,
+        plateau=budget.plateau,
+    )
+
+
+def _constraint(text: str, where: str) -> Constraint:
+    found = _CONSTRAINT.fullmatch(text)
+    try:
+        bound = float(found[3]) if found else math.nan
+    except ValueError:
+        bound = math.nan
+    if found is None or math.isnan(bound):
+        raise SweepError(f"{where}: must be like 'latency_ms <= 50' (or >=), got {text!r}")
+    return Constraint(metric=found[1], operator="<=" if found[2] == "<=" else ">=", bound=bound)
+
+
+def _raw(node: object) -> Any:
+    """As it stands: interpolations are resolved in each trial's config."""
+    container = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig | ListConfig) else node
+    try:
+        return json.loads(json.dumps(container))
+    except TypeError as error:
+        raise SweepError(f"sweep.params: {error}: a search can hold text, numbers, true, false and null") from error
+
+
+def _limits(options: SweepConf) -> Limits:
+    retries = {
+        kind: _not_negative(getattr(options.retries, kind, 0), f"sweep.retries.{kind}")
+        for kind in FailureKind
+    }
+    return Limits(
+        retries=retries,
+        trial_timeout_min=_positive_or_none(options.trial_timeout_min, "sweep.trial_timeout_min"),
+        stall_timeout_min=_positive_or_none(options.stall_timeout_min, "sweep.stall_timeout_min"),
+        orphan_timeout_min=_positive(options.orphan_timeout_min, "sweep.orphan_timeout_min"),
+        min_free_mb=_not_negative(options.min_free_mb, "sweep.min_free_mb"),
+    )
+
+
+def _plain(node: object) -> dict[str, object]:
+    container = (
+        OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else {}
+    )
+    plain: dict[str, object] = json.loads(json.dumps(container))
+    return plain
+
+
+def _direction(text: str | None, metric: str | None) -> Direction:
+    if text is None:
+        return usual_direction(metric or UNNAMED_METRIC)
+    try:
+        return Direction(text)
+    except ValueError:
+        raise SweepError(f"sweep.direction: '{text}' is not one of {', '.join(Direction)}") from None
+
+
+def _positive(value: float, where: str) -> float:
+    if not value > 0:
+        raise SweepError(f"{where}: must be greater than 0, got {value:g}")
+    return float(value)
+
+
+def _positive_or_none(value: float | None, where: str) -> float | None:
+    return None if value is None else _positive(value, where)
+
+
+def _not_negative(value: _Number, where: str) -> _Number:
+    if value is not None and value < 0:
+        raise SweepError(f"{where}: must be at least 0, got {value}")
+    return value
+
+
+def _gpu_share(gpus: float) -> float:
+    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+        raise SweepError(
+            f"sweep.resources.gpus_per_trial: must be a fraction up to 1 or a whole number, got {gpus:g}"
+        )
+    return gpus
