@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import front_door, launching, quality, search_slots
+from benchmarks import asha, front_door, launching, quality, search_slots
 from benchmarks.harness import BenchmarkError
 from benchmarks.report import Table, markdown
 
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "search_slots": search_slots.slots,
     "search_handout": search_slots.handout,
     "search_quality": quality.quality,
+    "search_asha": asha.asha,
 }
 _PACKAGES = (
     "repro-sweep",

@@ -14,7 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,25 +113,20 @@ class Project:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
         self._stamps = folder / "stamps.txt"
+        self._env = {_STAMPS: str(self._stamps)}
         self._ledger = folder / "multirun/bench/ledger.db"
 
     def peer(
         self,
         command: Sequence[str],
         trials: int,
-        timeout_s: float = TIMEOUT_S,
         python: str | Path = sys.executable,
     ) -> Times:
         """Run another system's command here with its Python; it runs ``trials`` trials of the task."""
         self._stamps.unlink(missing_ok=True)
         began = time.time()
-        with self._started([str(python), *command]) as process:
-            try:
-                status = process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                raise self._failed("not over in time") from None
-            if status != 0:
-                raise self._failed(f"status {status}")
+        with started([str(python), *command], self.folder, self._env) as process:
+            _wait(process, self.folder)
         ended = time.time()
         spans = self.stamps(trials)
         return Times(
@@ -160,13 +155,13 @@ class Project:
         """
         self._stamps.unlink(missing_ok=True)
         began, peak = time.time(), 0.0
-        with self._started([*front_door(), "+sweep=bench", *overrides]) as process:
+        with started([*front_door(), "+sweep=bench", *overrides], self.folder, self._env) as process:
             while process.poll() is None:
                 if time.time() - began > TIMEOUT_S:
                     raise self._failed("not over in time")
                 peak = max(peak, _peak_rss_mb(process.pid))
-                started, open_trials = self._look()
-                if started and (only_start or (open_trials == 0 and not upload)):
+                begun, open_trials = self._look()
+                if begun and (only_start or (open_trials == 0 and not upload)):
                     process.send_signal(signal.SIGINT)  # the first drains, later ones stop
                     time.sleep(2.0)
                 time.sleep(_POLL_S)
@@ -185,20 +180,6 @@ class Project:
             peak_rss_mb=peak,
             tracked=self._tracked(),
         )
-
-    @contextlib.contextmanager
-    def _started(self, command: Sequence[str]):
-        env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_TRACKING")}
-        env |= {_STAMPS: str(self._stamps), "DO_NOT_TRACK": "1"}
-        with (self.folder / "output.txt").open("wb") as output:
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True,
-            )  # fmt: skip
-        try:
-            yield process
-        finally:
-            stop(process)
 
     def _look(self) -> tuple[int, int]:
         """How many attempts have started, and how many trials are not over."""
@@ -250,8 +231,7 @@ class Project:
         ]
 
     def _failed(self, why: str) -> BenchmarkError:
-        output = (self.folder / "output.txt").read_text(errors="replace")
-        return BenchmarkError(f"{self.folder}: {why}\n{output[-3000:]}")
+        return failed(self.folder, why)
 
 
 def _makespan(spans: Sequence[Span]) -> float:
@@ -270,6 +250,45 @@ def front_door() -> list[str]:
     """The command that users run; its module where the package is not installed."""
     script = Path(sys.executable).with_name("repro-sweep")
     return [str(script)] if script.exists() else [sys.executable, "-m", "repro_sweep.cli.main"]
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], folder: Path, extra: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command in a folder, its output in ``output.txt`` there; it ends with the block at the latest."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_TRACKING")}
+    env |= {"DO_NOT_TRACK": "1", **extra}
+    with (folder / "output.txt").open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+def run(command: Sequence[str], folder: Path) -> None:
+    """Run a command in a folder to its end, which must be a good one."""
+    with started(command, folder, {}) as process:
+        _wait(process, folder)
+
+
+def _wait(process: subprocess.Popen[bytes], folder: Path) -> None:
+    try:
+        status = process.wait(TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise failed(folder, "not over in time") from None
+    if status != 0:
+        raise failed(folder, f"status {status}")
+
+
+def failed(folder: Path, why: str) -> BenchmarkError:
+    """What the command that ran in a folder said last."""
+    output = (folder / "output.txt").read_text(errors="replace")
+    return BenchmarkError(f"{folder}: {why}\n{output[-3000:]}")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -30,11 +30,7 @@ def handouts(spans: Iterable[Span]) -> list[float]:
     by_slot: dict[str, list[Span]] = {}
     for span in sorted(spans, key=lambda span: span.started_s):
         by_slot.setdefault(span.slot, []).append(span)
-    return [
-        after.started_s - before.ended_s
-        for row in by_slot.values()
-        for before, after in pairwise(row)
-    ]
+    return [after.started_s - before.ended_s for row in by_slot.values() for before, after in pairwise(row)]
 
 
 def quantile(values: Sequence[float], share: float) -> float:

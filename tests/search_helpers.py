@@ -47,6 +47,37 @@ FILES = {
 }
 
 
+WITHOUT_MLFLOW = """
+import sys
+
+from repro_sweep.cli import session
+from repro_sweep.cli.main import main
+from repro_sweep.tracking.base import Progress
+
+
+class NoTracker:
+    progress = Progress(left=0, done=True)
+
+    def __init__(self, *_):
+        pass
+
+    async def start(self):
+        pass
+
+    async def finish(self, timeout_s):
+        return 0
+
+    async def kill(self):
+        pass
+
+
+session.TrackerProcess = NoTracker
+sys.argv[0] = "repro-sweep"
+main(sys.argv[1:])
+"""
+"""The command in which nobody follows the sweep into MLflow: importing that takes longer than a small search."""
+
+
 @dataclass(frozen=True)
 class Searched:
     """What the ledger of a search holds."""

@@ -430,6 +430,7 @@ def test_an_application_s_hydra_yaml_differs_from_plain_hydra_s_only_in_the_swee
 def _forget_the_sweeper(hydra: dict[str, Any]) -> None:
     hydra["sweeper"] = None
     del hydra["runtime"]["choices"]["hydra/sweeper"]
+    hydra["runtime"]["choices"].pop("hydra/sweeper/sampler", None)
     hydra["overrides"]["hydra"] = [
         each for each in hydra["overrides"]["hydra"] if "hydra/sweeper" not in each
     ]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from helpers import MakeProject, Project, eventually, kill_all
-from search_helpers import FILES, HEAD, Searched, searched
+from helpers import MakeProject, Project, kill_all
+from search_helpers import FILES, HEAD, WITHOUT_MLFLOW, Searched, searched
 
 from repro_sweep.states import StepKind, TrialState
 
@@ -29,8 +27,9 @@ def project(make_shared_project: MakeProject) -> Project:
 
 
 def run(project: Project, name: str, *overrides: str, status: int = 0) -> Searched:
-    """Run the project's search under another name."""
-    done = project.run("+sweep=search", f"sweep.name={name}", *overrides)
+    """Run the project's search under another name, without MLflow."""
+    options = (f"sweep.name={name}", "sweep.report=false", *overrides)
+    done = project.run("-c", WITHOUT_MLFLOW, "+sweep=search", *options, python=True)
     assert done.returncode == status, done.stderr
     return searched(project, name)
 
@@ -44,7 +43,12 @@ def test_a_search_runs_as_many_trials_as_its_budget_has(project: Project) -> Non
 
 def test_every_suggestion_is_recorded_before_its_trial_is_handed_out(project: Project) -> None:
     found = searched(project)
-    asked = {number: step.seq for step in found.steps if step.kind is StepKind.ASK for number in step.data["trials"]}
+    asked = {
+        number: step.seq
+        for step in found.steps
+        if step.kind is StepKind.ASK
+        for number in step.data["trials"]
+    }
     told = {step.data["trial"]: step.seq for step in found.steps if step.kind is StepKind.TELL}
     assert asked.keys() == told.keys() == {trial.number for trial in found.trials}
     assert all(asked[number] < told[number] for number in asked)
@@ -68,7 +72,9 @@ def test_a_record_that_was_changed_does_not_replay(make_project: MakeProject) ->
     project = make_project(FILES)
     assert project.run("+sweep=search", SEED, "sweep.budget.trials=4").returncode == 0
     db = sqlite3.connect(project.root / "multirun" / "search" / "ledger.db")
-    seq, data = db.execute("SELECT seq, data FROM steps WHERE kind = 'ASK' ORDER BY seq LIMIT 1 OFFSET 2").fetchone()
+    seq, data = db.execute(
+        "SELECT seq, data FROM steps WHERE kind = 'ASK' ORDER BY seq LIMIT 1 OFFSET 2"
+    ).fetchone()
     changed = json.loads(data)
     changed["values"]["x"] += 0.5
     with db:
@@ -86,10 +92,16 @@ def test_with_one_slot_each_suggestion_knows_all_results(project: Project) -> No
 
 def test_the_same_seed_gives_the_same_search(project: Project) -> None:
     one, other = (
-        run(project, name, SEED, "sweep.executor.slots=1", "sweep.budget.trials=8") for name in ("alone", "again")
+        run(project, name, SEED, "sweep.executor.slots=1", "sweep.budget.trials=8")
+        for name in ("alone", "again")
     )
     assert one.values() == other.values()
-    assert one.values() != run(project, "else", "sweep.sampler.seed=8", "sweep.executor.slots=1", "sweep.budget.trials=8").values()
+    assert (
+        one.values()
+        != run(
+            project, "else", "sweep.sampler.seed=8", "sweep.executor.slots=1", "sweep.budget.trials=8"
+        ).values()
+    )
 
 
 def test_the_same_command_with_a_larger_budget_goes_on(project: Project) -> None:
@@ -123,7 +135,9 @@ def test_another_sweep_to_start_from(project: Project) -> None:
 
 
 def test_points_to_try_first(project: Project) -> None:
-    found = run(project, "first", "sweep.enqueue=[{x: 1.5, opt: b, n: 2}, {x: -2.5}]", "sweep.budget.trials=3")
+    found = run(
+        project, "first", "sweep.enqueue=[{x: 1.5, opt: b, n: 2}, {x: -2.5}]", "sweep.budget.trials=3"
+    )
     assert found.values()[0] == {"x": 1.5, "opt": "b", "n": 2}
     assert found.values()[1]["x"] == -2.5
 
@@ -218,7 +232,8 @@ def test_a_trial_that_is_worse_than_the_others_is_pruned(project: Project) -> No
 
 
 def test_a_grid_is_pruned_too(make_project: MakeProject) -> None:
-    grid = "defaults: [base_sweep, sampler: grid, executor: local, _self_]\ntask: tasks.train\nmetric: loss\nparams: {x: 'range(1, 11)'}\n"
+    head = HEAD.replace("tpe", "grid")
+    grid = f"{head}\ntask: tasks.train\nmetric: loss\nparams: {{x: 'range(1, 11)'}}\n"
     project = make_project(FILES | {"conf/sweep/grid.yaml": grid})
     done = project.run("+sweep=grid", "sweep/pruner=median", "steps=4", "sweep.executor.slots=1")
     assert done.returncode == 0, done.stderr
@@ -232,13 +247,13 @@ def test_several_objectives_and_constraints(project: Project) -> None:
         "sweep.constraints=['x >= 0']", "sweep.budget.trials=12", SEED,
     )  # fmt: skip
     assert found.count(COMPLETE) == 12
-    ranked = project.run("rank", "several", "--format", "json")
-    assert ranked.returncode == 0, ranked.stderr
     assert project.run("replay", "several").returncode == 0
 
 
-@pytest.mark.parametrize("sampler", ["random", "qmc", "cmaes", "gp", "nsgaii", "nsgaiii"])
-def test_every_sampler_goes_on_where_its_search_was_cut_off(project: Project, sampler: str) -> None:
+@pytest.mark.parametrize("sampler", ["cmaes", "nsgaii"])
+def test_a_sampler_that_remembers_goes_on_where_its_search_was_cut_off(
+    project: Project, sampler: str
+) -> None:
     plain = ("~sweep.params.opt", f"sweep/sampler={sampler}", SEED, "sweep.executor.slots=1")
     whole = run(project, f"{sampler}-whole", *plain, "sweep.budget.trials=14")
     run(project, sampler, *plain, "sweep.budget.trials=6")
@@ -320,35 +335,60 @@ def test_the_report_is_there_when_the_search_is_over(project: Project) -> None:
 
 
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
-    "no budget": (("sweep.budget.trials=null",), "sweep.budget: a search needs an end: sweep.budget.trials=100"),
+    "no budget": (
+        ("sweep.budget.trials=null",),
+        "sweep.budget: a search needs an end: sweep.budget.trials=100",
+    ),
     "an empty budget": (("sweep.budget.trials=0",), "sweep.budget.trials: must be at least 1, got 0"),
     "an unknown option": (("+sweep.sampler.n_starts=3",), "n_starts"),
     "an unknown sampler": (("sweep/sampler=bayes",), "bayes"),
-    "an option that Optuna refuses": (("sweep.sampler.n_ei_candidates=0",), "sweep.sampler.n_ei_candidates: must be at least 1"),
+    "an option that Optuna refuses": (
+        ("sweep.sampler.n_ei_candidates=0",),
+        "sweep.sampler.n_ei_candidates: must be at least 1",
+    ),
     "a pruner with several objectives": (
-        ("sweep.metric=[loss,cost]", "sweep/pruner=median"), "pruning needs one objective, got 2 (loss, cost)"),
+        ("sweep.metric=[loss,cost]", "sweep/pruner=median"),
+        "pruning needs one objective, got 2 (loss, cost)",
+    ),
     "a choice that is a list": (("x=[1],[2]",), "a search chooses among"),
     "a log range that reaches 0": (("x=tag(log, interval(0, 1))",), "logarithmic"),
     "an interval the wrong way round": (("x=interval(5, 1)",), "interval(5"),
-    "a sampler that knows no conditions": (("sweep/sampler=cmaes",), "sweep/sampler=cmaes: it cannot handle parameters that exist only with some choice of another: z"),
-    "brute force over an interval": (("sweep/sampler=bruteforce",), "sweep/sampler=bruteforce tries every value"),
+    "a sampler that knows no conditions": (
+        ("sweep/sampler=cmaes",),
+        "cannot handle parameters that exist only with some choice of another: z",
+    ),
+    "brute force over an interval": (
+        ("sweep/sampler=bruteforce",),
+        "sweep/sampler=bruteforce tries every value",
+    ),
     "a metric twice": (("sweep.metric=[loss,loss]",), "sweep.metric: names a metric twice"),
-    "too few directions": (("sweep.metric=[loss,cost]", "sweep.direction=[minimize]"), "sweep.direction: must have one direction for each metric"),
+    "too few directions": (
+        ("sweep.metric=[loss,cost]", "sweep.direction=[minimize]"),
+        "sweep.direction: must have one direction for each metric",
+    ),
     "no such direction": (("sweep.direction=down",), "sweep.direction: 'down' is not one of"),
-    "a constraint without a bound": (("sweep.constraints=['cost < 3']",), "sweep.constraints[0]: must be like 'latency_ms <= 50'"),
+    "a constraint without a bound": (
+        ("sweep.constraints=['cost < 3']",),
+        "sweep.constraints[0]: must be like 'latency_ms <= 50'",
+    ),
     "an enqueued key that is not there": (("sweep.enqueue=[{y: 1}]",), "sweep.enqueue[0]"),
     "an enqueued value out of range": (("sweep.enqueue=[{x: 50}]",), "sweep.enqueue[0]"),
     "a sweep to start from that is not there": (("sweep.start_from=[nothing]",), "sweep.start_from"),
     "a repeats pruner without repeats": (("sweep/repeats_pruner=median",), "there are no repeats to prune"),
     "a key that the config has not": (("nix=interval(0,1)",), "nix"),
     "a budget for a grid": (("sweep/sampler=grid", "x=1,2", "opt=a", "n=1"), "sweep.budget: is for searches"),
-    "a pruner without what it needs": (("sweep/pruner=percentile",), "sweep.pruner.percentile: must be given"),
+    "a pruner without what it needs": (
+        ("sweep/pruner=percentile",),
+        "sweep.pruner.percentile: must be given",
+    ),
     "nothing to search": (("x=1", "opt=b", "n=1"), "nothing to search"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_said_in_one_line_before_anything_starts(make_bare_project: MakeProject, case: str) -> None:
+def test_a_mistake_is_said_in_one_line_before_anything_starts(
+    make_bare_project: MakeProject, case: str
+) -> None:
     project = make_bare_project(FILES)
     overrides, expected = BAD[case]
     done = project.run("+sweep=search", *overrides)
@@ -367,6 +407,8 @@ def test_a_metric_that_is_never_reported_ends_the_search(make_project: MakeProje
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(make_project: MakeProject) -> None:
     project = make_project(FILES | {"sitecustomize.py": "import sys\nsys.modules['cmaes'] = None\n"})
-    done = project.run("+sweep=search", "sweep/sampler=cmaes", "~sweep.params.opt", env={"PYTHONPATH": str(project.root)})
+    done = project.run(
+        "+sweep=search", "sweep/sampler=cmaes", "~sweep.params.opt", env={"PYTHONPATH": str(project.root)}
+    )
     assert done.returncode == 2
     assert "pip install cmaes" in done.stderr

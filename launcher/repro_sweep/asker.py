@@ -86,9 +86,7 @@ def _serve(directory: Path, out: IO[str]) -> None:
         elif message["do"] == "note":
             suggester.note(message["trial"], message["step"], message["value"])
         elif message["seq"] > seen:
-            suggester.tell(
-                message["seq"], message["trial"], TrialState(message["state"]), message["metrics"]
-            )
+            suggester.tell(message["seq"], message["trial"], TrialState(message["state"]), message["metrics"])
 
 
 def make_suggester(ledger: Ledger) -> Suggester:

@@ -1,4 +1,4 @@
-"""The coordinator's end of the process that chooses points and prunes (``asker``): asks it, tells it, keeps it alive."""
+"""The coordinator's end of the process that chooses points and prunes (``asker``): asks it, tells it, keeps it up."""
 
 from __future__ import annotations
 

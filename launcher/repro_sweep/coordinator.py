@@ -224,7 +224,9 @@ class Coordinator:
         crew = self._crew = Crew(self.spec, executor)
         if self._search is not None:
             self._asking = asyncio.create_task(self._search.run())
-            await asyncio.sleep(0)  # what it would have asked for before this coordinator comes first in the record
+            await asyncio.sleep(
+                0
+            )  # what it would have asked for before this coordinator comes first in the record
         try:
             await self.recover()
             while not self._over():
@@ -566,9 +568,7 @@ class Coordinator:
 
     def free_slots(self) -> int:
         """How many slots have nothing to run, less the trials that wait; before there are any, as if there were one."""
-        return (
-            max(1, self.slot_count()) - len(self._running) - len(self._starting) - len(self._handout)
-        )
+        return max(1, self.slot_count()) - len(self._running) - len(self._starting) - len(self._handout)
 
     def slot_count(self) -> int:
         """How many slots there are that get trials."""
@@ -618,7 +618,9 @@ class Coordinator:
         if asker is None or self.spec.pruner is None:
             return ()
         asked = {
-            asyncio.ensure_future(asker.report(running.trial, report.step, report.metrics[metric])): report.attempt
+            asyncio.ensure_future(
+                asker.report(running.trial, report.step, report.metrics[metric])
+            ): report.attempt
             for report in reports
             if metric in report.metrics and (running := self._running.get(report.attempt)) is not None
         }

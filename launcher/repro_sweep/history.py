@@ -53,7 +53,10 @@ def _results(ledger: Ledger) -> Iterable[Result]:
     for trial in sorted(ledger.trials(), key=lambda each: each.number):
         if trial.state.is_done():
             yield Result(
-                params=trial.params, point=trial.point, state=trial.state, metrics=metrics.get(trial.number, {})
+                params=trial.params,
+                point=trial.point,
+                state=trial.state,
+                metrics=metrics.get(trial.number, {}),
             )
 
 
@@ -96,9 +99,7 @@ def definition_of(spec: SweepSpec) -> dict[str, Any]:
     return {"search": search, "objectives": objectives, "task": spec.task.name}
 
 
-def _known(
-    space: SearchSpace, spec: SweepSpec, results: Iterable[Result]
-) -> Iterable[dict[str, Any]]:
+def _known(space: SearchSpace, spec: SweepSpec, results: Iterable[Result]) -> Iterable[dict[str, Any]]:
     """The points that the space has too, with the means over their repeats."""
     objectives = spec.all_objectives
     constraints = spec.search.constraints if spec.search is not None else ()
@@ -121,9 +122,7 @@ def _known(
         }
 
 
-def _violations(
-    constraints: Sequence[Constraint], counted: Sequence[Mapping[str, float]]
-) -> list[float]:
+def _violations(constraints: Sequence[Constraint], counted: Sequence[Mapping[str, float]]) -> list[float]:
     """One for each constraint, none where some of the metrics are not there."""
     if not all(each.metric in metrics for metrics in counted for each in constraints):
         return []
@@ -147,7 +146,9 @@ def _results_of(name: str, spec: SweepSpec) -> list[Result]:
     try:
         found = trials(name, uri=spec.tracking.uri)
     except ReproSweepError as error:
-        raise SweepError(f"sweep.start_from: there is no sweep '{name}' beside this one, nor in MLflow: {error}") from error
+        raise SweepError(
+            f"sweep.start_from: there is no sweep '{name}' beside this one, nor in MLflow: {error}"
+        ) from error
     return [
         Result(params=trial.params, point=trial.point, state=trial.state, metrics=trial.metrics)
         for trial in found

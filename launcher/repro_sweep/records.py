@@ -133,8 +133,8 @@ class Step:
     ========  ==========================================================================================================
     BEGIN     ``definition`` of the search, ``known``: results from elsewhere (values, state, objectives), ``first``:
               the number of its first trial
-    ASK       ``suggestion`` (counted from 0), ``values``, ``trials``: numbers of those that run it, ``repeats``: how many
-              it may have, or ``refused``: why it is not run; ``after``: the last TELL that was known
+    ASK       ``suggestion`` (counted from 0), ``values``, ``trials``: numbers of those that run it, ``repeats``: how
+              many it may have, or ``refused``: why it is not run; ``after``: the last TELL that was known
     MORE      ``suggestion`` and ``trials``: the next repeats of a point, ``after``
     TELL      ``trial``, its ``state`` and its final ``metrics``
     ========  ==========================================================================================================

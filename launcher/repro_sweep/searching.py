@@ -116,7 +116,7 @@ class Searching:
         self._wake.set()
 
     async def settle(self) -> None:
-        """Wait for what was asked for. With one slot, a trial's end comes after it in the record, as it always would."""
+        """Wait for what was asked for. With one slot, a trial's end comes after it in the record, always."""
         if self._desk.slot_count() <= 1:
             await self._idle.wait()
 

@@ -66,9 +66,7 @@ def sweep_options(config: DictConfig) -> SweepConf:
         SweepError: an option is missing or cannot be resolved.
     """
     if not is_ours(config):
-        defaults = SweepConf(
-            sampler=GridConf(), executor=executors.load("local").OPTIONS()
-        )
+        defaults = SweepConf(sampler=GridConf(), executor=executors.load("local").OPTIONS())
         return OmegaConf.structured(defaults)  # type: ignore[no-any-return]
     node: SweepConf = config.sweep
     try:
@@ -316,7 +314,9 @@ def _search(
         enqueue=tuple(_plain(point) for point in options.enqueue),
         start_from=tuple(options.start_from),
         repeats_pruner=between,
-        constraints=tuple(_constraint(text, f"sweep.constraints[{i}]") for i, text in enumerate(options.constraints)),
+        constraints=tuple(
+            _constraint(text, f"sweep.constraints[{i}]") for i, text in enumerate(options.constraints)
+        ),
         custom_search_space=options.custom_search_space,
         report=options.report,
     )
@@ -334,7 +334,9 @@ def _refuse_for_grids(options: SweepConf, budget: Budget, between: Chosen | None
     }
     for where, is_given in given.items():
         if is_given:
-            raise SweepError(f"{where}: is for searches, and sweep/sampler={sampler} runs every point; try sweep/sampler=tpe")
+            raise SweepError(
+                f"{where}: is for searches, and sweep/sampler={sampler} runs every point; try sweep/sampler=tpe"
+            )
 
 
 def _budget(options: SweepConf) -> Budget:
@@ -366,11 +368,15 @@ def _constraint(text: str, where: str) -> Constraint:
 
 def _raw(node: object) -> Any:
     """As it stands: interpolations are resolved in each trial's config."""
-    container = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig | ListConfig) else node
+    container = (
+        OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig | ListConfig) else node
+    )
     try:
         return json.loads(json.dumps(container))
     except TypeError as error:
-        raise SweepError(f"sweep.params: {error}: a search can hold text, numbers, true, false and null") from error
+        raise SweepError(
+            f"sweep.params: {error}: a search can hold text, numbers, true, false and null"
+        ) from error
 
 
 def _limits(options: SweepConf) -> Limits:

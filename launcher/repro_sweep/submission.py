@@ -120,7 +120,16 @@ def prepare(
     if sweep_overrides:
         _check_confined(config, composer, task_overrides)
     spec = specification.specify(
-        options, config, name, directory, task_spec, composition, task_overrides, sampler, asked.params, command
+        options,
+        config,
+        name,
+        directory,
+        task_spec,
+        composition,
+        task_overrides,
+        sampler,
+        asked.params,
+        command,
     )
     _check_startable(spec)
     expansion = _Expansion(spec, TrialMaker(composer, task_spec.name, spec.repeats, task_overrides))
@@ -209,14 +218,16 @@ class _Expansion:
         """Check a search's space by some of its points; find out whether it is one that the ledger holds."""
         notices = check(space, self._spec)
         for points in space.probes():
-            self._trial(points[0])
+            self._probe(points[0])
         self._raise_problems()
         self._check_search_directories(space)
         search = history.same_seed(search, self._search)
         spec = self._spec.model_copy(update={"search": search})
         begin = history.begin(spec, space, self._search, first=self._number)
         apart = set() if begin is None else {number for number, _ in self._known.values()}
-        unfinished = {number for number, state in self._known.values() if not state.is_done()} - self._cancelled
+        unfinished = {
+            number for number, state in self._known.values() if not state.is_done()
+        } - self._cancelled
         return Submission(
             spec=spec,
             new=(),
@@ -229,6 +240,16 @@ class _Expansion:
             begin=begin,
             notices=tuple(notices),
         )
+
+    def _probe(self, point: Point) -> None:
+        """Note what is wrong with a point's config; what is wrong with a key is the same for all of its values."""
+        try:
+            self._maker.make(point, self._number)
+        except CompositionError as error:
+            text = str(error)
+            for override in point.overrides:
+                text = text.replace(override, f"{override.partition('=')[0]}=…")
+            self._problems.update(text.splitlines())
 
     def _check_search_directories(self, space: Space) -> None:
         """Two trials must not share a directory, whatever their points are."""

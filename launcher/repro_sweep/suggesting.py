@@ -1,7 +1,7 @@
 """Turns a sampler's suggestions into trials, and what becomes of the trials into what the sampler learns.
 
 Pure: it reads and writes nothing. All that it knows comes from the calls made to it, which the ledger records as steps;
-so it can be rebuilt from these at any time, and ``repro-sweep replay`` can check that they lead to the same suggestions.
+so it can be rebuilt from these at any time, and ``repro-sweep replay`` checks that they lead to the same suggestions.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ class Suggester:
     def _begin(self, known: Iterable[Mapping[str, Any]]) -> None:
         assert self._search is not None
         for each in known:
-            self._search.learn(each["values"], TrialState(each["state"]), each["objectives"], each["violations"])
+            self._search.learn(
+                each["values"], TrialState(each["state"]), each["objectives"], each["violations"]
+            )
 
     def _retake(self, step: Step, *, verify: bool) -> None:
         assert self._search is not None
@@ -171,7 +173,7 @@ class Suggester:
     # --- asking ----------------------------------------------------------------------------------------------
 
     def ask(self, number: int, *, new: bool = True) -> Answer:
-        """The next trials, of which the first has this number; without ``new`` only repeats of points that have begun."""
+        """The next trials, the first of which has this number; without ``new`` only repeats of points that have begun."""
         if self._ready:
             return self._release(number)
         if not new or self._search is None:
@@ -190,15 +192,20 @@ class Suggester:
                 break
             invalid = invalid + 1 if problem else 0
             if invalid == _MOST_INVALID:
-                return Answer(steps=tuple(steps), error=f"{invalid} suggestions in a row cannot be run: {problem}")
+                return Answer(
+                    steps=tuple(steps), error=f"{invalid} suggestions in a row cannot be run: {problem}"
+                )
         if self._ready:
             released = self._release(number)
             return Answer(steps=(*steps, *released.steps), trials=released.trials)
         return Answer(
-            steps=tuple(steps), over=f"the last {_MOST_FRUITLESS} suggestions were points that are known already"
+            steps=tuple(steps),
+            over=f"the last {_MOST_FRUITLESS} suggestions were points that are known already",
         )
 
-    def _admit(self, suggestion: Suggestion, number: int) -> tuple[dict[str, Any], list[NewTrial], str | None]:
+    def _admit(
+        self, suggestion: Suggestion, number: int
+    ) -> tuple[dict[str, Any], list[NewTrial], str | None]:
         """Make a suggestion's trials, but for those that the sweep has; returns the step, and why it is refused."""
         assert self._search is not None
         index = self._take()
@@ -308,7 +315,9 @@ class Suggester:
         self, results: Sequence[tuple[TrialState, Mapping[str, float]]]
     ) -> tuple[TrialState, list[float] | None]:
         """State and values of a point from its repeats': the means; a point with a pruned repeat is pruned."""
-        counted = [metrics for state, metrics in results if state.is_done() and set(self._metrics) <= set(metrics)]
+        counted = [
+            metrics for state, metrics in results if state.is_done() and set(self._metrics) <= set(metrics)
+        ]
         values = None
         if counted:
             values = [sum(metrics[name] for metrics in counted) / len(counted) for name in self._metrics]
@@ -321,7 +330,9 @@ class Suggester:
             return []
         violations = []
         for constraint in self._spec.search.constraints:
-            values = [metrics[constraint.metric] for state, metrics in results if constraint.metric in metrics]
+            values = [
+                metrics[constraint.metric] for state, metrics in results if constraint.metric in metrics
+            ]
             if not values:
                 return []
             violations.append(constraint.violation(sum(values) / len(values)))

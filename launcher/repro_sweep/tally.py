@@ -105,7 +105,7 @@ class Tally:
         searching: bool = False,
         to_ask: int | None = None,
     ) -> Progress:
-        """A picture of the sweep now; a search that goes on may still ask for ``to_ask`` trials, None for any number."""
+        """A picture of the sweep now; a search that goes on may ask for ``to_ask`` more trials, None for any number."""
         return Progress(
             name=self._spec.name,
             counts={**self._counts, TrialState.RUNNING: running},

@@ -10,8 +10,8 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from repro_sweep import task
+from repro_sweep.cli import optuna_results, session
 from repro_sweep.cli import plan as planning
-from repro_sweep.cli import session
 from repro_sweep.cli.main import fail, say
 from repro_sweep.cli.session import INTERRUPTED
 from repro_sweep.cli.sweep import command_line, named_by_sweep
@@ -61,7 +61,10 @@ def run(submission: Submission) -> int:
         else:
             _say_what_is_known(submission)
 
-    return session.run(ledger, spec.name, record)
+    code = session.run(ledger, spec.name, record)
+    if submission.for_optuna_sweeper:
+        optuna_results.write(directory)
+    return code
 
 
 def _say_what_is_known(submission: Submission) -> None:

@@ -114,7 +114,13 @@ class _Session:
     async def _report(self) -> None:
         """Draw a search's report, which MLflow gets too, unless the user is in a hurry."""
         search = self._spec.search
-        if search is None or not search.report or self._interrupts or self._stopped or self._coordinator.stopped:
+        if (
+            search is None
+            or not search.report
+            or self._interrupts
+            or self._stopped
+            or self._coordinator.stopped
+        ):
             return
         problem = await write_report(Path(self._spec.directory))
         if problem is not None:
