@@ -173,7 +173,7 @@ class Suggester:
     # --- asking ----------------------------------------------------------------------------------------------
 
     def ask(self, number: int, *, new: bool = True) -> Answer:
-        """The next trials, the first of which has this number; without ``new`` only repeats of points that have begun."""
+        """The next trials, from this number on; without ``new`` only repeats of points that have begun."""
         if self._ready:
             return self._release(number)
         if not new or self._search is None:
