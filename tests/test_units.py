@@ -895,7 +895,7 @@ def test_the_public_names_are_a_dozen_at_most_and_all_there() -> None:
     """A new one is a decision."""
     assert repro_sweep.__all__ == [
         "ReproSweepError", "Trial", "TrialPruned", "TrialState", "artifact_dir", "best_trial", "checkpoint_dir",
-        "leaderboard", "report", "trials",
+        "leaderboard", "pareto_front", "report", "trials",
     ]  # fmt: skip
     assert dir(repro_sweep) == sorted(repro_sweep.__all__)
     for name in repro_sweep.__all__:

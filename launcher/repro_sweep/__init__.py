@@ -1,7 +1,8 @@
 """repro-sweep: a distributed sweep launcher for Hydra applications.
 
 In a task function: :func:`report`, :func:`artifact_dir`, :func:`checkpoint_dir`, :class:`TrialPruned`.
-Afterwards, on any machine that sees the MLflow server: :func:`best_trial`, :func:`leaderboard`, :func:`trials`.
+Afterwards, on any machine that sees the MLflow server: :func:`best_trial`, :func:`leaderboard`, :func:`pareto_front`,
+:func:`trials`.
 All of them are imported when they are first used.
 """
 
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from repro_sweep.errors import ReproSweepError, TrialPruned
-    from repro_sweep.ranking import Trial, best_trial, leaderboard, trials
+    from repro_sweep.ranking import Trial, best_trial, leaderboard, pareto_front, trials
     from repro_sweep.states import TrialState
     from repro_sweep.worker.trial import artifact_dir, checkpoint_dir, report
 
@@ -25,13 +26,14 @@ __all__ = [
     "best_trial",
     "checkpoint_dir",
     "leaderboard",
+    "pareto_front",
     "report",
     "trials",
 ]
 
 _HOMES = {
     "repro_sweep.errors": ("ReproSweepError", "TrialPruned"),
-    "repro_sweep.ranking": ("Trial", "best_trial", "leaderboard", "trials"),
+    "repro_sweep.ranking": ("Trial", "best_trial", "leaderboard", "pareto_front", "trials"),
     "repro_sweep.states": ("TrialState",),
     "repro_sweep.worker.trial": ("artifact_dir", "checkpoint_dir", "report"),
 }

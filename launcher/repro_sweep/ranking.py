@@ -90,7 +90,7 @@ def best_trial(
         names = ", ".join(each.metric for each in sweep.objectives)
         raise TrackingError(
             f"sweep {name!r} has several objectives; choose one with metric=… ({names}),"
-            " or see repro_sweep.ranking.pareto_front"
+            " or see repro_sweep.pareto_front"
         )
     ranking = _ranking(sweep, found, metric, direction)
     best = _best(ranking, found)

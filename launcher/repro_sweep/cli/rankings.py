@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from repro_sweep.standings import Row, columns, incomplete, mean_and_std
 
+_LONG_NUMBER = 10
+"""A sampler's numbers have up to 17 digits; JSON and CSV have all of them."""
+
 
 def table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     """An aligned table, a line for each point with the means of these metrics; empty for no points."""
@@ -39,7 +42,11 @@ def violated(row: Row) -> str:
 
 
 def _value(params: Mapping[str, object], name: str) -> str:
-    return str(params[name]) if name in params else ""
+    if name not in params:
+        return ""
+    value = params[name]
+    text = str(value)
+    return f"{value:.6g}" if isinstance(value, float) and len(text) > _LONG_NUMBER else text
 
 
 def _numbers(trials: Sequence[int]) -> str:

@@ -33,10 +33,13 @@ def summarise(spec: SweepSpec, progress: Progress, left: int, error: str | None 
     try:
         complete = show(ledger, directory, _how_it_ran(progress))
         waiting = overview.counts(ledger)[TrialState.WAITING]
+        goes_on = ledger.spec.search is not None and ledger.search_over is None
     finally:
         ledger.close()
     if waiting:
         print(f"{_trials(waiting)} left: 'repro-sweep resume {name}' goes on")
+    elif goes_on:
+        print(f"the search is not over: 'repro-sweep resume {name}' goes on")
     if left:
         why = f": {error}" if error else ""
         print(f"MLflow lacks {runs(left)} ({spec.tracking.uri}{why});", end=" ")
@@ -55,6 +58,8 @@ def show(ledger: Ledger, directory: Path, note: str = "") -> bool:
     failed = overview.failed_trials(ledger, directory)
     _print_failures(failed)
     print(f"\n{ledger.spec.name}: {tally(ledger)}{note}")
+    if ledger.search_over is not None:
+        print(f"the search is over: {ledger.search_over}")
     return not failed and finding.is_finished(ledger)
 
 

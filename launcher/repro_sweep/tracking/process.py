@@ -26,12 +26,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, cast
 
+from repro_sweep.childio import private_stdout
 from repro_sweep.errors import ReproSweepError, TrackingError
 from repro_sweep.records import Reused
 from repro_sweep.tracking.base import Answer, Progress, RunRef, Tracker
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     epoch = int(rest[0]) if rest else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, which tells us what to do
     _yield_to_trials()
-    with _private_stdout(Path(directory)) as out:
+    with private_stdout(Path(directory) / LOG_NAME) as out:
         try:
             _Loop(Path(directory), epoch, out).run()
         except ReproSweepError as error:
@@ -78,19 +79,6 @@ def _yield_to_trials() -> None:
     # Linux may weigh sessions instead of processes: ours is a session of its own
     with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(_NICE))
-
-
-@contextlib.contextmanager
-def _private_stdout(directory: Path) -> Iterator[IO[str]]:
-    """Keep stdout for the protocol: everything else that writes to it or to stderr writes to the log."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    log = os.open(directory / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with out:
-        yield out
 
 
 class _Loop:
