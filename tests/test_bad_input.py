@@ -83,9 +83,18 @@ CASES = {
     "swept key on the command line": Bad((GOOD, "optimizer.nokey=1,2"), ("optimizer.nokey",), lines=2),
     "key in params": Bad((MINE,), ("nokey",), sweep_file(params="{nokey: '1,2'}"), lines=2),
     "key in repeats": Bad((MINE,), ("seed",), sweep_file(repeats="{seed: range(3)}"), lines=3),
-    "option": Bad((GOOD, "sweep.nooption=1"), ("nooption",)),
-    "option in the file": Bad((MINE,), ("nooption",), sweep_file(nooption="1")),
-    "option of the executor": Bad((GOOD, "sweep.executor.nooption=1"), ("nooption",)),
+    "option": Bad((GOOD, "sweep.nooption=1"), ("nooption", "metric, direction, params")),
+    "option that is added": Bad((GOOD, "+sweep.nooption=1"), ("sweep.nooption", "metric, direction, params")),
+    "option in the file": Bad((MINE,), ("nooption", "metric, direction, params"), sweep_file(nooption="1")),
+    "option of the executor": Bad((GOOD, "sweep.executor.nooption=1"), ("nooption", "(slots)")),
+    "option of a sampler": Bad(
+        (GOOD, "sweep/sampler=tpe", "+sweep.sampler.no=1"), ("sweep.sampler.no", "n_startup_trials")
+    ),
+    "option of another pruner": Bad(
+        (MINE, "sweep/pruner=median"), ("min_resource", "n_warmup_steps"),
+        {"conf/sweep/mine.yaml": HEAD.replace("grid", "tpe, pruner: successive_halving")
+        + "task: tasks.train\nmetric: score\nparams: {x: 'interval(1, 2)'}\npruner: {min_resource: 1}\n"},
+    ),
     "type of an option": Bad((GOOD, "sweep.log_limit_mb=much"), ("log_limit_mb", "much")),
     "option of hydra": Bad(("--nosuch", GOOD), ("--nosuch",)),
     "executor": Bad((GOOD, "sweep/executor=mars"), ("executor/mars", "local")),
@@ -284,7 +293,10 @@ APP = """
 DECORATE = "decorate = hydra.main(version_base='1.3', config_path='conf', config_name='config')"
 IN_APP = {
     "key": Bad(("nokey=1,2",), ("nokey",), lines=2),
-    "interval": Bad(("x=interval(0,1)",), ("x", "interval", "grid")),
+    "interval of the repeats": Bad(
+        ("+sweep=app", "y=1,2"), ("sweep.repeats.x", "interval", "values"),
+        {"conf/sweep/app.yaml": HEAD + "metric: score\nrepeats: {x: 'interval(0,1)'}\n"},
+    ),
     "missing value": Bad(("x=1,2", "must='???'"), ("must",)),
     "nested task": Bad(
         ("x=1,2",), ("top level",),

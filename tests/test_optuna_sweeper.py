@@ -303,10 +303,20 @@ def test_any_key_of_the_plugin_s_asks_for_a_search(key: str) -> None:
 
 def test_an_interval_asks_for_a_search_in_the_file_and_on_the_command_line() -> None:
     """Since a grid cannot have one."""
-    assert translate(sweeper(params={"x": "tag(log, interval(1, 2))"})).search
+    found = translate(sweeper(params={"x": "tag(log, interval(1, 2))"}))
+    assert found.search
+    assert found.notices == (
+        "hydra.sweeper.params.x: an interval makes this a search, of 20 trials (hydra.sweeper.n_trials)",
+    )
     assert translate(sweeper(params={"x": "1,2"}), ["x=interval(1,2)"]).search
     assert not translate(sweeper(params={"x": "1,2"}), ["x=range(1,3)", "y=4"]).search
     assert not translate(sweeper(params={"x": "interval(1,2)"}), ["x=1,2"]).search
+
+
+def test_an_interval_does_not_turn_a_sweep_that_names_its_sampler_into_a_search() -> None:
+    assert not translate(sweeper(params={"x": "interval(1,2)"}), sampler_is_named=True).search
+    assert not translate(sweeper(), ["x=interval(1,2)"], sampler_is_named=True).search
+    assert translate(sweeper(n_trials=5), ["x=interval(1,2)"], sampler_is_named=True).search
 
 
 class Theirs(Enum):

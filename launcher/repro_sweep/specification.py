@@ -12,6 +12,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +70,7 @@ def sweep_options(config: DictConfig) -> SweepConf:
         defaults = SweepConf(sampler=GridConf(), executor=executors.load("local").OPTIONS())
         return OmegaConf.structured(defaults)  # type: ignore[no-any-return]
     node: SweepConf = config.sweep
+    _check_keys(config.sweep, "sweep")
     try:
         missing = OmegaConf.missing_keys(node)
         OmegaConf.to_container(config.sweep, resolve=True)
@@ -80,6 +82,23 @@ def sweep_options(config: DictConfig) -> SweepConf:
             f"sweep.{first}: has no value; put '{first}: …' into the defaults of the sweep's YAML"
         )
     return node
+
+
+def _check_keys(node: Any, where: str) -> None:
+    """Typed nodes have the keys of their types only; Hydra lets ``+sweep.key=…`` add any other.
+
+    Raises:
+        SweepError: there is another one.
+    """
+    conf = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
+    if conf is None or not is_dataclass(conf):
+        return
+    allowed = [field.name for field in fields(conf)]
+    for key in node:
+        if key not in allowed:
+            raise SweepError(f"{where}.{key}: not an option ({', '.join(allowed)})")
+        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            _check_keys(node[key], f"{where}.{key}")
 
 
 def adopt(options: SweepConf, config: DictConfig, asked: Translation) -> Chosen:

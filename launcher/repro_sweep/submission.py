@@ -107,7 +107,9 @@ def prepare(
     """
     options = specification.sweep_options(config)
     task_overrides, sweep_overrides = specification.split_overrides(arguments)
-    asked = optuna_sweeper.translate(config.hydra.sweeper, task_overrides)
+    asked = optuna_sweeper.translate(
+        config.hydra.sweeper, task_overrides, sampler_is_named=specification.is_ours(config)
+    )
     options.name = options.name or asked.name
     name = specification.name_of(options, config)
     sampler = specification.adopt(options, config, asked)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 
 import yaml
 from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from repro_sweep.errors import CompositionError
 
@@ -30,7 +31,7 @@ _HYDRAS_ERRORS = (
 
 @contextmanager
 def mapped_errors(overrides: Sequence[str]) -> Iterator[None]:
-    """Turn what Hydra raises into one line: its own text, the cause, the override concerned."""
+    """Turn what Hydra raises into one line: its own text, the cause, the keys allowed, the override concerned."""
     try:
         yield
     except _HYDRAS_ERRORS as error:
@@ -45,10 +46,21 @@ def _one_line(error: BaseException, overrides: Sequence[str]) -> str:
         if text and not any(text in part for part in parts):
             parts.append(text)
         step = step.__cause__
-    message = ": ".join(parts) or type(error).__name__
+    message = (": ".join(parts) or type(error).__name__) + _allowed_keys(error)
     if overrides and not any(line in message for line in overrides):
         message += f" (with {' '.join(overrides)})"
     return message
+
+
+def _allowed_keys(error: BaseException) -> str:
+    """For a key that a typed node does not have: those that it has."""
+    origin: BaseException | None = error
+    while origin is not None and not isinstance(origin, (ConfigKeyError, ConfigAttributeError)):
+        origin = origin.__cause__ or origin.__context__  # Hydra does not always name the cause
+    node = None if origin is None else origin.object_type
+    if not (isinstance(node, type) and is_dataclass(node)):
+        return ""
+    return f" ({', '.join(field.name for field in fields(node))})"
 
 
 def _condensed(error: BaseException) -> str:

@@ -60,12 +60,15 @@ class Translation:
     notices: tuple[str, ...] = ()
 
 
-def translate(node: DictConfig, overrides: Sequence[str] = ()) -> Translation:
+def translate(
+    node: DictConfig, overrides: Sequence[str] = (), *, sampler_is_named: bool = False
+) -> Translation:
     """What the node means.
 
     Args:
         node: ``hydra.sweeper`` of the master config, by the schema ``SweeperConf``.
         overrides: the task's own on the command line, whose intervals and ranges count as those in ``params`` do.
+        sampler_is_named: a ``sweep`` node says what kind of sweep it is, so that an interval alone does not.
 
     Raises:
         SweepError: a value cannot be used.
@@ -80,9 +83,14 @@ def translate(node: DictConfig, overrides: Sequence[str] = ()) -> Translation:
     if slug != name:
         notices.append(f"{_WHERE}.study_name: {name!r} cannot be a sweep's name; it is called {slug!r}")
     sampler: Chosen | None = None
-    if given or any(override.is_interval_sweep() for _, override in swept):
+    intervals = [where for where, override in swept if override.is_interval_sweep()]
+    if given or (intervals and not sampler_is_named):
         sampler, about_sampler = sampler_of(given.get("sampler"), trials)
         notices += about_sampler
+        if not given:
+            notices.append(
+                f"{intervals[0]}: an interval makes this a search, of {DEFAULT_TRIALS} trials ({_WHERE}.n_trials)"
+            )
         if sampler.name not in ("grid", "bruteforce"):  # GridSampler left the ends out
             notices += filter(None, (_range_notice(where, override) for where, override in swept))
     return Translation(
