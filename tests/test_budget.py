@@ -85,6 +85,23 @@ def test_a_point_is_its_repeats_mean_and_counts_when_all_have_ended() -> None:
     assert made.reached(0) == "trial 2 has reached the target 0.8 (sweep.budget.target)"
 
 
+def test_a_point_whose_first_repeats_are_the_best_so_far_does_not_make_a_plateau() -> None:
+    made = scored(count(plateau=3), 0.5, 0.4, 0.3)
+    made.asked(3, [3], repeats=2)
+    made.told(3, COMPLETE, {"score": 0.9})
+    assert made.reached(0) is None
+    made.asked(3, [4], repeats=2)
+    made.told(4, COMPLETE, {"score": 0.0})
+    assert made.reached(0) == "3 points in a row were no better (sweep.budget.plateau)"
+
+
+def test_a_point_whose_first_repeat_is_no_better_counts_at_once() -> None:
+    made = scored(count(plateau=3), 0.5, 0.4, 0.3)
+    made.asked(3, [3], repeats=2)
+    made.told(3, COMPLETE, {"score": 0.1})
+    assert made.reached(0) is not None
+
+
 def test_what_violates_a_constraint_improves_nothing() -> None:
     made = count(constraints=(Constraint(metric="cost", operator="<=", bound=5),), target=0.9)
     made.asked(0, [0])

@@ -461,6 +461,7 @@ def test_a_trial_that_is_cancelled_while_it_is_being_handed_out_is_not(
             await coordinator.finish(finish(claimed.assignment.attempt))
             claimed = await coordinator.claim(claim(f"next-{number}"))
         assert claimed.over
+        assert coordinator.has_begun_all()  # a search would wait for it
 
     coordinate(spec, ledger, worker)
     found = Ledger.open(tmp_path, readonly=True)

@@ -70,8 +70,9 @@ def _serve(directory: Path, out: IO[str]) -> None:
     ledger = Ledger.open(directory, readonly=True)
     try:
         os.chdir(ledger.spec.task.cwd)
-        suggester = make_suggester(ledger)
-        seen = rebuild(suggester, ledger)
+        with ledger.snapshot():
+            suggester = make_suggester(ledger)
+            seen = rebuild(suggester, ledger)
     finally:
         ledger.close()
     _say(out, {"ready": seen})
@@ -108,7 +109,7 @@ def make_suggester(ledger: Ledger) -> Suggester:
         rungs = Rungs(spec.pruner, spec.all_objectives[0].direction, spec.name)
     identities = {identity: number for identity, (number, _) in ledger.identities().items()}
     maker = TrialMaker(composer, spec.task.name, spec.repeats, overrides)
-    return Suggester(spec, search, rungs, maker.make, identities)
+    return Suggester(spec, search, rungs, maker.make, identities, ledger.withdrawn - ledger.cancelled)
 
 
 def _search(spec: SweepSpec, composer: Composer, main: str) -> searchers.Search:
@@ -144,20 +145,14 @@ def rebuild(suggester: Suggester, ledger: Ledger, *, verify: bool = False) -> in
         DifferenceError: see :meth:`Suggester.rebuild`.
     """
     steps = ledger.steps()
-    told = {step.data["trial"] for step in steps if "trial" in step.data}
-    outcomes: dict[int, tuple[TrialState, Mapping[str, float]]] = {}
-    if ledger.spec.search is not None:
-        metrics = {attempt.trial: attempt.metrics for attempt in ledger.attempts()}
-        outcomes = {
-            number: (state, metrics.get(number, {}))
-            for number, state in ledger.states()
-            if state.is_finished() and number not in told
-        }
+    outcomes = ledger.ended_before_search() if ledger.spec.search is not None else {}
+    ended = {number for number, state in ledger.states() if state.is_finished()}
 
     def reports(number: int) -> list[Report]:
-        return ledger.reports(trial=number)
+        return ledger.reports(trial=number, limit=sys.maxsize)
 
-    suggestions = suggester.rebuild(steps, reports, outcomes, verify=verify)
+    unfinished = sorted(ledger.report_heads().keys() - ended)
+    suggestions = suggester.rebuild(steps, reports, outcomes, unfinished, verify=verify)
     return suggestions if verify else (steps[-1].seq if steps else 0)
 
 

@@ -26,10 +26,11 @@ _MOST_DEATHS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """The steps to record, the new trials, and why there is nothing more, if that is so."""
+    """The steps to record, the new trials, old ones that wait again, and why there is nothing more, if that is so."""
 
     steps: tuple[tuple[StepKind, dict[str, Any]], ...]
     trials: tuple[NewTrial, ...]
+    again: tuple[int, ...]
     over: str | None
 
 
@@ -70,6 +71,7 @@ class AskingProcess:
             trials=tuple(
                 NewTrial(**{**trial, "overrides": tuple(trial["overrides"])}) for trial in answer["trials"]
             ),
+            again=tuple(answer["again"]),
             over=answer["over"],
         )
 
@@ -139,12 +141,21 @@ class AskingProcess:
                 process.stdin.write(json.dumps(message).encode() + b"\n")
 
     async def _keep(self) -> None:
+        try:
+            await self._follow()
+        except (OSError, ValueError) as error:  # it cannot be started again, or has said what is no message
+            self._fail(
+                SweepError(f"sweep/sampler: its process failed: {error}, see {self._directory / LOG_NAME}")
+            )
+
+    async def _follow(self) -> None:
         while True:
             process = self._process
             assert process is not None
             assert process.stdout is not None
             async for line in process.stdout:
-                self._heard(json.loads(line))
+                if line.endswith(b"\n"):  # else it died while it wrote
+                    self._heard(json.loads(line))
             code = await process.wait()
             if self._stopping:
                 break

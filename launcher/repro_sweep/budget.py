@@ -78,8 +78,11 @@ class Count:
         point = self._points[suggestion]
         if not point.trials or not all(number in self._outcomes for number in point.trials):
             return
-        values = self._values(point) if len(point.trials) >= point.repeats else None
-        if values is None or not self._improves(values):
+        values = self._values(point)
+        improves = values is not None and self._improves(values)
+        if improves and len(point.trials) < point.repeats:
+            return  # its other repeats will tell
+        if values is None or not improves:
             self._since_better += not point.counted
             point.counted = True
             return

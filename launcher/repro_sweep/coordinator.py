@@ -116,6 +116,9 @@ class Coordinator:
         if asker is not None and spec.search is not None:
             self._search = Searching(spec, ledger, asker, self, self._write)
         self._asking: asyncio.Task[None] | None = None
+        self._doomed: set[str] = set()
+        self._due: set[asyncio.Task[None]] = set()
+        self._pruning_failed = False
 
     def _take_over(self, ledger: Ledger) -> Tally:
         """Take the sweep as it is, and expect the workers that an earlier coordinator has left, with what they run."""
@@ -241,6 +244,8 @@ class Coordinator:
         finally:
             if self._asking is not None:
                 self._asking.cancel()
+            if self._search is not None and not self._superseded and self._ended_by is None:
+                await self._search.save_hours()
             if not self._superseded:
                 self._stopping = True  # what its workers stop now is to be run again
                 self._journal.give_up()
@@ -415,12 +420,12 @@ class Coordinator:
             self._handout.release(group, number)
             self._handout.add(number, first=True, alone=alone)
             raise
+        self._fresh.discard(number)
         if assignment is None:
             self._handout.release(group, number)
             self._tally.cancel(number)
             self._cancelling.discard(number)
             return None
-        self._fresh.discard(number)
         self._running[claim.attempt] = _Running(
             number, claim.worker, claim.slot, group, assignment, time.monotonic()
         )
@@ -461,6 +466,7 @@ class Coordinator:
             self._tell(ending.step, running.trial, ending.outcome.state, ending.outcome.metrics)
         if not ending.accepted or running is None or self._running.pop(attempt, None) is None:
             return ending.accepted  # too late, or the same message twice
+        self._doomed.discard(attempt)
         number = running.trial
         worker = self._workers.get(running.worker)
         if worker is not None:
@@ -587,7 +593,7 @@ class Coordinator:
         return not self._draining and self._paused is None
 
     def add_trials(self, numbers: Sequence[int]) -> None:
-        """New trials wait."""
+        """Trials wait that are new to the sweep."""
         for number in numbers:
             self._tally.add(number)
             self._handout.add(number)
@@ -613,23 +619,43 @@ class Coordinator:
         return unlimited if self._search.left is None else self._search.left
 
     async def _verdicts(self, reports: Sequence[protocol.Report]) -> tuple[str, ...]:
-        """The attempts that are to be pruned. Training goes on where that cannot be told in time."""
+        """The attempts that are to be pruned. Training goes on where that cannot be told in time.
+
+        A verdict that comes too late is for the attempt's next report, and nobody waits while one is due.
+        """
         asker, metric = self._asker, self.spec.all_objectives[0].metric
         if asker is None or self.spec.pruner is None:
             return ()
-        asked = {
-            asyncio.ensure_future(
-                asker.report(running.trial, report.step, report.metrics[metric])
-            ): report.attempt
-            for report in reports
-            if metric in report.metrics and (running := self._running.get(report.attempt)) is not None
-        }
-        if not asked:
-            return ()
-        done, late = await asyncio.wait(asked, timeout=_VERDICT_S)
-        for task in late:
-            task.cancel()
-        return tuple({asked[task] for task in done if task.exception() is None and task.result()})
+        asked: list[asyncio.Task[None]] = []
+        for report in reports:
+            running = self._running.get(report.attempt)
+            if running is not None and metric in report.metrics:
+                asked.append(
+                    asyncio.create_task(self._judge(asker, running, report.step, report.metrics[metric]))
+                )
+        if asked:
+            self._due.update(asked)
+            overdue = len(self._due) > len(asked)
+            await asyncio.wait(asked, timeout=_SOON_S if overdue else _VERDICT_S)
+        return tuple({report.attempt for report in reports} & self._doomed)
+
+    async def _judge(self, asker: AskingProcess, running: _Running, step: int, value: float) -> None:
+        """Hear whether an attempt is to be pruned."""
+        try:
+            if await asker.report(running.trial, step, value):
+                self._doomed.add(running.assignment.attempt)
+        except SweepError as error:
+            if not self._pruning_failed:
+                self._pruning_failed = True
+                self.warn(f"nothing is pruned any more: {error}")
+        finally:
+            task = asyncio.current_task()
+            if task is not None:
+                self._due.discard(task)
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know has happened."""
+        log.warning("%s", text)
 
     def _note_reports(self, number: int, reports: Sequence[NewReport]) -> None:
         """The last reports of a trial come with its end: the pruner compares others with them."""

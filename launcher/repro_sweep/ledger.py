@@ -158,6 +158,15 @@ class Ledger:
         except sqlite3.Error as error:
             raise _meaning(path, error) from error
 
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read all at one instant, whatever the coordinator writes meanwhile."""
+        self._execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.rollback()
+
     def close(self) -> None:
         """Close the file; what was not committed is dropped."""
         self._db.close()
@@ -361,6 +370,10 @@ class Ledger:
         """Note why a search has ended, or that it goes on."""
         self.set_meta("search_over", why or "")
 
+    def set_search_hours(self, hours: float) -> None:
+        """For how long the search has run."""
+        self.set_meta("search_hours", str(hours))
+
     def set_withdrawn(self, numbers: Iterable[int]) -> None:
         """Note the trials that are no part of the sweep any more: they stay as they are, and are not handed out."""
         self.set_meta("withdrawn", json.dumps(list(numbers)))
@@ -369,6 +382,11 @@ class Ledger:
     def search_over(self) -> str | None:
         """Why the search has ended; None while it goes on, and for a grid."""
         return self.meta("search_over") or None
+
+    @property
+    def search_hours(self) -> float:
+        """For how long the search has run."""
+        return float(self.meta("search_hours") or 0.0)
 
     @property
     def withdrawn(self) -> frozenset[int]:
@@ -476,6 +494,17 @@ class Ledger:
             " (SELECT coalesce(max(seq), 0) FROM steps WHERE kind = 'BEGIN') ORDER BY seq"
         )
         return [Step(seq=seq, kind=StepKind(kind), data=json.loads(data)) for seq, kind, data in rows]
+
+    def ended_before_search(self) -> dict[int, tuple[TrialState, dict[str, float]]]:
+        """State and final metrics of the sweep's trials whose ends are not among :meth:`steps`."""
+        told = {step.data["trial"] for step in self.steps() if step.kind is StepKind.TELL}
+        apart = told | self.withdrawn
+        metrics = {attempt.trial: attempt.metrics for attempt in self.attempts()}
+        return {
+            number: (state, metrics.get(number, {}))
+            for number, state in self.states()
+            if state.is_finished() and number not in apart
+        }
 
     def changes(self, *, after: int = -1) -> list[tuple[int, int, TrialState, bool]]:
         """Number, change, state and whether it ever started, of every trial changed later than ``after``."""

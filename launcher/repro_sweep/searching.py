@@ -22,8 +22,8 @@ from repro_sweep.states import StepKind, TrialState
 from repro_sweep.sweep import SweepSpec
 
 _T = TypeVar("_T")
-_HOURS = "search_hours"
 _LOOK_S = 0.5
+_SAVE_HOURS_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ class Searching:
         self._count = Count(spec)
         self._quick_until = searchers.asks_quickly_until(spec.search.sampler.name)
         self._next = ledger.next_number()
-        self._hours_before = float(ledger.meta(_HOURS) or 0.0)
-        self._began = time.monotonic()
+        self._hours_before = ledger.search_hours
+        self._began = self._saved_at = time.monotonic()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -95,6 +95,8 @@ class Searching:
         self._exhausted: str | None = None
         self.over = ledger.search_over
         """Why it has ended; None while it goes on."""
+        for number, (state, metrics) in ledger.ended_before_search().items():
+            self._count.told(number, state, metrics)
         for step in ledger.steps():
             if step.kind is StepKind.TELL:
                 self._count.told(step.data["trial"], TrialState(step.data["state"]), step.data["metrics"])
@@ -146,15 +148,14 @@ class Searching:
             await self._sleep()
             return
         asked = await self._ask(new=True)
-        if not asked.trials:
-            self._exhausted = asked.over
+        self._exhausted = asked.over
 
     async def _finish_points(self, why: str) -> None:
         """Ask for the repeats that points which have begun still lack, until there are none."""
         asked = await self._ask(new=False) if self._desk.may_ask() and self._wanted() > 0 else None
-        if asked is not None and not asked.trials and self._desk.is_idle():
+        if asked is not None and asked.over is not None and self._desk.is_idle():
             await self._end(why)
-        elif asked is None or not asked.trials:
+        elif asked is None or asked.over is not None:
             await self._sleep()
 
     async def _ask(self, *, new: bool) -> Asked:
@@ -169,14 +170,17 @@ class Searching:
         for _, data in asked.steps:
             self._note_asked(data)
         self._next += len(asked.trials)
-        self._desk.add_trials([trial.number for trial in asked.trials])
+        self._desk.add_trials([*asked.again, *(trial.number for trial in asked.trials)])
         return asked
 
     def _record(self, ledger: Ledger, asked: Asked) -> None:
         ledger.add_trials(asked.trials)
         for kind, data in asked.steps:
             ledger.add_step(kind, data)
-        ledger.set_meta(_HOURS, str(self._hours()))
+        if asked.again:
+            ledger.requeue(asked.again)
+            ledger.set_withdrawn(sorted(ledger.withdrawn - set(asked.again)))
+        ledger.set_search_hours(self._hours())
 
     def _note_asked(self, data: Mapping[str, object]) -> None:
         if not data.get("refused"):
@@ -207,3 +211,11 @@ class Searching:
     async def _sleep(self) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), _LOOK_S)
+        if time.monotonic() > self._saved_at + _SAVE_HOURS_S:
+            await self.save_hours()
+
+    async def save_hours(self) -> None:
+        """Record for how long the search has run, which counts when it goes on."""
+        self._saved_at = time.monotonic()
+        hours = self._hours()
+        await self._write(lambda ledger: ledger.set_search_hours(hours))

@@ -84,6 +84,7 @@ class Submission:
         ledger.add_trials(self.new)
         if self.begin is not None:
             ledger.add_step(StepKind.BEGIN, self.begin)
+            ledger.set_search_hours(0.0)
         ledger.set_search_over(None)
         failpoint("record.before_commit")
         ledger.commit()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from repro_sweep.errors import CompositionError
@@ -31,11 +31,12 @@ Make = Callable[[Point, int], NewTrial]
 class Answer:
     """What an ask led to: steps to be recorded, with the new trials; ``over``: why there is nothing more.
 
-    ``error``: the search cannot go on.
+    ``again``: trials that were no part of the sweep any more and are now. ``error``: the search cannot go on.
     """
 
     steps: tuple[tuple[StepKind, dict[str, Any]], ...] = ()
     trials: tuple[NewTrial, ...] = ()
+    again: tuple[int, ...] = ()
     over: str | None = None
     error: str | None = None
 
@@ -61,6 +62,7 @@ class Suggester:
         rungs: decides about single trials; None where the search itself does, or nobody.
         make: composes a trial.
         identities: the number of each trial that the ledger holds, by its identity.
+        withdrawn: those of these trials that are no part of the sweep any more: an earlier search has left them.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class Suggester:
         rungs: Rungs | None,
         make: Make,
         identities: Mapping[str, int] | None = None,
+        withdrawn: Iterable[int] = (),
     ) -> None:
         self._spec = spec
         self._search = search
         self._rungs = rungs
         self._make = make
         self._numbers = dict(identities or {})
+        self._withdrawn = set(withdrawn)
         self._metrics = [each.metric for each in spec.all_objectives]
         between = spec.search.repeats_pruner if spec.search is not None else None
         self._one_by_one = between is not None
@@ -93,6 +97,7 @@ class Suggester:
         steps: Sequence[Step],
         reports: Callable[[int], Iterable[Report]],
         outcomes: Mapping[int, tuple[TrialState, Mapping[str, float]]],
+        unfinished: Iterable[int] = (),
         *,
         verify: bool = False,
     ) -> int:
@@ -102,6 +107,7 @@ class Suggester:
             steps: from the BEGIN on.
             reports: those of a trial, by its number.
             outcomes: of the trials that had ended before the search began.
+            unfinished: the trials that have reported and not ended.
             verify: ask the sampler again instead of believing the record.
 
         Raises:
@@ -110,7 +116,9 @@ class Suggester:
         self._outcomes.update(outcomes)
         asks = [step for step in steps if step.kind in (StepKind.ASK, StepKind.MORE)]
         tells = deque(step for step in steps if step.kind is StepKind.TELL)
-        for step in steps[:1]:
+        if self._search is None:
+            asks = []  # of a search that the sweep was before
+        for step in steps[:1] if self._search is not None else ():
             if step.kind is StepKind.BEGIN:
                 self._begin(step.data["known"])
         for step in asks:
@@ -119,8 +127,8 @@ class Suggester:
             self._retake(step, verify=verify)
         for step in tells:
             self._retell(step, reports)
-        for number in self._suggestions.keys() - self._outcomes.keys():
-            self._rereport(number, reports)
+        for number in unfinished:
+            self._rereport(number, reports, decide=True)
         return len(self._asked)
 
     def _begin(self, known: Iterable[Mapping[str, Any]]) -> None:
@@ -160,15 +168,15 @@ class Suggester:
 
     def _retell(self, step: Step, reports: Callable[[int], Iterable[Report]]) -> None:
         data = step.data
-        self._rereport(data["trial"], reports)
+        self._rereport(data["trial"], reports, decide=False)
         self.tell(step.seq, data["trial"], TrialState(data["state"]), data["metrics"])
 
-    def _rereport(self, number: int, reports: Callable[[int], Iterable[Report]]) -> None:
+    def _rereport(self, number: int, reports: Callable[[int], Iterable[Report]], *, decide: bool) -> None:
         if self._spec.pruner is None:
             return
         for report in reports(number):
             if self._metrics[0] in report.metrics:
-                self.note(number, report.step, report.metrics[self._metrics[0]])
+                self.note(number, report.step, report.metrics[self._metrics[0]], decide=decide)
 
     # --- asking ----------------------------------------------------------------------------------------------
 
@@ -186,8 +194,9 @@ class Suggester:
                 return Answer(steps=tuple(steps), over="the sampler has tried every point")
             data, trials, problem = self._admit(suggestion, number)
             steps.append((StepKind.ASK, data))
-            if trials:
-                return Answer(steps=tuple(steps), trials=tuple(trials))
+            again = self._revive(data["trials"])
+            if trials or again:
+                return Answer(steps=tuple(steps), trials=tuple(trials), again=again)
             if self._ready:
                 break
             invalid = invalid + 1 if problem else 0
@@ -197,7 +206,7 @@ class Suggester:
                 )
         if self._ready:
             released = self._release(number)
-            return Answer(steps=(*steps, *released.steps), trials=released.trials)
+            return replace(released, steps=(*steps, *released.steps))
         return Answer(
             steps=tuple(steps),
             over=f"the last {_MOST_FRUITLESS} suggestions were points that are known already",
@@ -237,18 +246,25 @@ class Suggester:
         self._add_trials(index, numbers)
         self._settle(index)
         step = (StepKind.MORE, {"suggestion": index, "trials": numbers, "after": self._after})
-        return Answer(steps=(step,), trials=tuple(new))
+        return Answer(steps=(step,), trials=tuple(new), again=self._revive(numbers))
+
+    def _revive(self, numbers: Iterable[int]) -> tuple[int, ...]:
+        """Those of the trials that an earlier search has left unfinished: they are run after all."""
+        again = tuple(number for number in numbers if number in self._withdrawn)
+        self._withdrawn.difference_update(again)
+        return again
 
     def _make_trials(self, points: Iterable[Point], number: int) -> tuple[list[int], list[NewTrial]]:
         numbers: list[int] = []
-        new: list[NewTrial] = []
+        new: dict[str, NewTrial] = {}
         for point in points:
             trial = self._make(point, number + len(new))
-            known = self._numbers.setdefault(trial.identity, trial.number)
-            if known == trial.number:
-                new.append(trial)
+            known = self._numbers.get(trial.identity)
+            if known is None:
+                known = new.setdefault(trial.identity, trial).number
             numbers.append(known)
-        return numbers, new
+        self._numbers |= {identity: trial.number for identity, trial in new.items()}
+        return numbers, list(new.values())
 
     def _take(self) -> int:
         self._asked.append(_Asked())
@@ -279,14 +295,14 @@ class Suggester:
             return False
         return self._search.should_prune(self._suggestions[number][0])
 
-    def note(self, number: int, step: int, value: float) -> None:
-        """The same, where the trial does not wait for a verdict."""
+    def note(self, number: int, step: int, value: float, *, decide: bool = True) -> None:
+        """The same, where the trial does not wait for a verdict; without ``decide`` it has ended, and needs none."""
         if self._rungs is not None:
             self._rungs.add(number)
-            self._rungs.report(number, step, value)
+            self._rungs.report(number, step, value, decide=decide)
         elif self._search is not None and not self._spec.repeats:
             for index in self._suggestions.get(number, ()):
-                self._search.report(index, step, value)
+                self._search.report(index, step, value, decide=decide)
 
     def _settle(self, index: int) -> None:
         """Tell the sampler about a suggestion whose trials have all ended; or let its next repeat begin."""
@@ -296,6 +312,8 @@ class Suggester:
             return
         results = [self._outcomes[number] for number in asked.trials]
         state, values = self._combined(results)
+        if state is TrialState.PRUNED:
+            asked.rest.clear()
         if asked.rest:
             if index in self._ready:
                 return

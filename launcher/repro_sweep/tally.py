@@ -88,6 +88,9 @@ class Tally:
         value = metrics.get(self._spec.ranked_by)
         if value is None or not math.isfinite(value) or state is not TrialState.COMPLETE:
             return
+        constraints = self._spec.search.constraints if self._spec.search is not None else ()
+        if not all(each.violation(metrics.get(each.metric, math.nan)) <= 0 for each in constraints):
+            return
         best = self._best
         larger = self._spec.direction is Direction.MAXIMIZE
         if best is None or (value > best.value if larger else value < best.value):

@@ -68,6 +68,11 @@ class _Coordinator(Coordinator):
             say(f"another command has cancelled trial {number}")
         return cancelled
 
+    def warn(self, text: str) -> None:
+        """Say it too."""
+        say(text)
+        super().warn(text)
+
 
 class _Session:
     """One run of a coordinator with everything around it."""

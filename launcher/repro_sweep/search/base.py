@@ -120,8 +120,11 @@ class Search(ABC):
         """
 
     @abstractmethod
-    def report(self, number: int, step: int, value: float) -> None:
-        """The first objective's value at a step of suggestion ``number``."""
+    def report(self, number: int, step: int, value: float, *, decide: bool = True) -> None:
+        """The first objective's value at a step of suggestion ``number``.
+
+        Without ``decide`` nobody will ask whether the suggestion is to be pruned; it had ended when this was read.
+        """
 
     @abstractmethod
     def should_prune(self, number: int) -> bool:

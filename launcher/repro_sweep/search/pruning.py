@@ -115,6 +115,8 @@ _CLASSES: Mapping[str, str] = {
     "threshold": "ThresholdPruner",
     "wilcoxon": "WilcoxonPruner",
 }
+# what they decide about a trial depends on what was reported, not on what they have decided before
+_DECIDE_ALONE = frozenset({"median", "percentile", "threshold", "wilcoxon"})
 _REQUIRED: Mapping[str, tuple[str, str]] = {
     "percentile": ("percentile", "a number from 0 to 100"),
     "patient": ("patience", "a number of steps"),
@@ -150,6 +152,13 @@ def build(chosen: Chosen | None, where: str = "sweep.pruner") -> BasePruner:
     return made
 
 
+def must_decide(pruner: Chosen | None, *, decide: bool) -> bool:
+    """Whether a pruner is to be asked about a trial at a step: somebody wants to know, or it notes something then."""
+    if pruner is None or pruner.name == NONE:
+        return False
+    return decide or pruner.name not in _DECIDE_ALONE
+
+
 class Rungs:
     """Says which trials are not worth going on with, from what all have reported.
 
@@ -174,6 +183,7 @@ class Rungs:
                 pruner=build(pruner),
                 sampler=optuna.samplers.RandomSampler(seed=0),
             )
+        self._pruner = pruner
         self._trials: dict[int, optuna.Trial] = {}
         self._pruned: set[int] = set()
 
@@ -184,14 +194,17 @@ class Rungs:
             with samplers.quiet():
                 self._trials[number] = self._study.ask()
 
-    def report(self, number: int, step: int, value: float) -> None:
-        """A value of a running trial; what has ended, or been reported for that step, is not taken."""
+    def report(self, number: int, step: int, value: float, *, decide: bool = True) -> None:
+        """A value of a running trial; what has ended, or been reported for that step, is not taken.
+
+        Without ``decide`` nobody will ask about the trial.
+        """
         trial = self._trials.get(number)
         if trial is None or step < 0:
             return
         with samplers.quiet():
             trial.report(value, step)
-            if trial.should_prune():
+            if must_decide(self._pruner, decide=decide) and trial.should_prune():
                 self._pruned.add(number)
 
     def should_prune(self, number: int) -> bool:

@@ -132,18 +132,19 @@ class OptunaSearch(Search):
             self._storage.reopen(trial._trial_id)
         self._finish(trial, state, values, violations)
 
-    def report(self, number: int, step: int, value: float) -> None:
+    def report(self, number: int, step: int, value: float, *, decide: bool = True) -> None:
         """The first objective's value at a step of suggestion ``number``; the first one of a step is kept.
 
         What the pruner makes of it is decided here, and stands: asking for it changes nothing. With several
-        objectives there is nothing to decide.
+        objectives there is nothing to decide. Of a suggestion that had failed and runs again nothing is taken, as the
+        sampler has already counted it.
         """
         trial = self._trials[number]
         if self._several or step < 0 or self._is_finished(trial):
             return
         with samplers.quiet():
             trial.report(value, step)
-            if self._pruner is not None and trial.should_prune():
+            if pruning.must_decide(self._pruner, decide=decide) and trial.should_prune():
                 self._pruned.add(number)
 
     def should_prune(self, number: int) -> bool:
