@@ -119,6 +119,7 @@ class Coordinator:
         self._doomed: set[str] = set()
         self._due: set[asyncio.Task[None]] = set()
         self._pruning_failed = False
+        self._judged = False
 
     def _take_over(self, ledger: Ledger) -> Tally:
         """Take the sweep as it is, and expect the workers that an earlier coordinator has left, with what they run."""
@@ -463,6 +464,7 @@ class Coordinator:
         )
         if running is not None and ending.accepted:
             self._note_reports(running.trial, reports)
+            self._check_reported(running, ending.outcome.state)
             self._tell(ending.step, running.trial, ending.outcome.state, ending.outcome.metrics)
         if not ending.accepted or running is None or self._running.pop(attempt, None) is None:
             return ending.accepted  # too late, or the same message twice
@@ -630,6 +632,7 @@ class Coordinator:
         for report in reports:
             running = self._running.get(report.attempt)
             if running is not None and metric in report.metrics:
+                self._judged = True
                 asked.append(
                     asyncio.create_task(self._judge(asker, running, report.step, report.metrics[metric]))
                 )
@@ -663,7 +666,19 @@ class Coordinator:
         if self._asker is not None and self.spec.pruner is not None:
             for report in reports:
                 if metric in report.metrics:
+                    self._judged = True
                     self._asker.note(number, report.step, report.metrics[metric])
+
+    def _check_reported(self, running: _Running, state: TrialState) -> None:
+        """Say it, once, where the pruner has nothing to go by: a metric's name may be mistyped."""
+        pruner = self.spec.pruner
+        if pruner is None or self._judged or state is not TrialState.COMPLETE or running.assignment.ordinal:
+            return
+        self._judged = True
+        self.warn(
+            f"sweep/pruner={pruner.name}: trial {running.trial} has ended and never reported"
+            f" '{self.spec.all_objectives[0].metric}' (repro_sweep.report), without which nothing is pruned"
+        )
 
     def _tell(self, step: int, number: int, state: TrialState, metrics: Mapping[str, float]) -> None:
         if self._search is not None and step:

@@ -88,6 +88,7 @@ class _Session:
         if self._spec.search is not None or self._spec.pruner is not None:
             self._asker = AskingProcess(Path(self._spec.directory))
         self._coordinator = _Coordinator(self._spec, ledger, self._tracker, lease, self._asker)
+        self._reporting: asyncio.Task[str | None] | None = None
         self._uploading: asyncio.Task[int] | None = None
         self._reusing: asyncio.Task[None] | None = None
 
@@ -127,7 +128,13 @@ class _Session:
             or self._coordinator.stopped
         ):
             return
-        problem = await write_report(Path(self._spec.directory))
+        self._reporting = asyncio.create_task(write_report(Path(self._spec.directory)))
+        try:
+            problem = await self._reporting
+        except asyncio.CancelledError:
+            problem = "interrupted"
+        finally:
+            self._reporting = None
         if problem is not None:
             say(f"there is no report: {problem}; 'repro-sweep report {self._spec.name}' tries again")
 
@@ -151,6 +158,8 @@ class _Session:
         self._interrupts += 1
         if self._uploading is not None:
             self._uploading.cancel()
+        elif self._reporting is not None:
+            self._reporting.cancel()
         elif self._interrupts == 1:
             say("interrupted: nothing new starts, running trials finish; once more to stop them")
             self._coordinator.drain()
