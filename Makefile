@@ -9,7 +9,7 @@ sweep: $(VENV)/.ready
 	$(BIN)/repro-sweep +sweep=optimizer_grid
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -129,12 +129,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"written to {document}")
 
 
-_HEAD = ("| what was done | counted | result | date, commit |", "| --- | --- | --- | --- |")
+_HEAD = ("| what was done | counted | result | date, commit, machine |", "| --- | --- | --- | --- |")
 
 
 def _lines(rows: list[tuple[str, str, object, str]]) -> dict[str, str]:
     """The line of each test, by its name."""
-    run = f"{datetime.now(UTC):%Y-%m-%d}, {_commit()}"
+    run = f"{datetime.now(UTC):%Y-%m-%d}, {_commit()}, {_machine()}"
     tests: dict[str, tuple[list[str], str]] = {}
     for test, name, value, outcome in rows:
         shown = f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -155,9 +155,9 @@ def _write(document: Path, rows: list[tuple[str, str, object, str]], *, long: bo
     known = {
         line.split(" | ")[0].removeprefix("| "): line for line in old.splitlines() if line.startswith("| ")
     }
-    lines = {test: line for test, line in known.items() if line not in _HEAD} | _lines(rows)
+    rows_before = {test: line for test, line in known.items() if test not in ("what was done", "---")}
+    lines = rows_before | _lines(rows)
     facts = [
-        f"- machine: {_machine()}",
         f"- Python: {platform.python_version()} ({platform.python_implementation()})",
         f"- command: `{shlex.join(['python', '-m', 'pytest', *sys.argv[1:]])}` ({'long' if long else 'short'} form)",
     ]
