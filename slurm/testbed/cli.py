@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +21,7 @@ _HELP = {
     "accounting": "slurmdbd and MariaDB, for sacct and accounts",
     "enforce": "refuse jobs of unknown accounts",
     "grace_s": "between the first signal to a preempted job and its end",
+    "send_user_signal": "at preemption, also send what a job wants by --signal",
     "kill_wait_s": "between SIGTERM and SIGKILL for a job that is cancelled or out of time",
     "node_timeout_s": "silence after which a node is DOWN",
     "min_job_age_s": "how long the controller knows a job that has ended",
@@ -43,12 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def start(words: argparse.Namespace) -> int:
     """Start a cluster and say how to use it."""
-    began = time.monotonic()
-    Cluster(
-        words.directory, Options(**{entry.name: getattr(words, entry.name) for entry in fields(Options)})
-    ).start()
+    options = Options(**{entry.name: getattr(words, entry.name) for entry in fields(Options)})
+    cluster = Cluster(words.directory, options)
+    cluster.start()
     sys.stdout.write(
-        f"{words.nodes} nodes with {words.gpus} GPUs each are idle after {time.monotonic() - began:.1f} s; use them:\n"
+        f"{words.nodes} nodes with {words.gpus} GPUs each are idle after {cluster.start_s:.1f} s; use them:\n"
         f'    eval "$(python -m slurm.testbed env {shlex.quote(str(words.directory))})"\n'
     )
     return 0

@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -56,6 +57,8 @@ class Cluster:
         """
         self.layout = Layout(Path(directory).absolute())
         self.options = options or Options()
+        self.start_s = 0.0
+        """How long the last start took."""
         _check_path(self.layout.root)
         self._ports: Ports | None = None
         self._daemons: dict[str, Daemon] = {}
@@ -85,6 +88,7 @@ class Cluster:
         Raises:
             TestbedError: Something is missing or does not start.
         """
+        began = time.monotonic()
         if os.geteuid() != 0:
             raise TestbedError("a testbed must be started by root: slurmd and munged need it")
         daemons.check_programs(self.options)
@@ -97,14 +101,16 @@ class Cluster:
             except BaseException:
                 self.stop()
                 raise
+        self.start_s = time.monotonic() - began
 
     def stop(self) -> None:
         """End all jobs' processes and all daemons; nothing if there are none. The directory and its logs stay."""
         # in this order: slurmctld waits for slurmdbd when it ends, slurmdbd for MariaDB; all need munged
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda daemon: daemon.stop(), [*self.nodes, *self._some("slurmctld")]))
+        for node in self.nodes:
+            # a slurmd has nothing to save, and would wait for its jobs
+            node.kill()
         processes.kill(self.jobs())
-        for daemon in self._some("slurmdbd", "mariadbd", "munged"):
+        for daemon in self._some("slurmctld", "slurmdbd", "mariadbd", "munged"):
             daemon.stop()
 
     def __enter__(self) -> Self:
@@ -199,6 +205,30 @@ class Cluster:
             raise
         found = re.search(r"\bJobState=(\S+)", text)
         return found[1] if found else ""
+
+    def submit(self, *options: str, script: str) -> str:
+        """Submit a shell script by sbatch with some of its options; returns the job's id.
+
+        Raises:
+            TestbedError: sbatch refuses it.
+        """
+        return self.run("sbatch", "--parsable", *options, f"--wrap={script}").strip()
+
+    def clear(self) -> None:
+        """Start what was stopped, cancel all jobs, wait until all nodes are idle: a clean cluster for the next test.
+
+        Raises:
+            TestbedError: It does not become clean in time.
+        """
+        for daemon in self._daemons.values():
+            daemon.start()
+        jobs = self.run("squeue", "--noheader", "--format=%A").split()
+        if jobs:
+            self.run("scancel", "--quiet", *sorted(set(jobs)))
+        self.until(
+            lambda: not self.run("squeue", "--noheader") and self._all_idle(),
+            "no jobs, and all nodes are idle",
+        )
 
     def until(self, condition: Callable[[], object], what: str, timeout_s: float = READY_S) -> None:
         """Wait until something holds in the cluster.

@@ -22,8 +22,9 @@ class Options:
     """How a testbed differs from the next.
 
     ``cpus`` and ``memory_mb`` are what each node claims to have, whatever the machine has. ``grace_s`` is the time
-    between the first signal to a preempted job and its end. ``kill_wait_s`` is the time between SIGTERM and SIGKILL
-    for a job that is cancelled or out of time. ``node_timeout_s`` is how long a node may be silent before it is DOWN.
+    between the first signal to a preempted job and its end; with ``send_user_signal`` that signal is the one the job
+    wants by ``--signal``. ``kill_wait_s`` is the time between SIGTERM and SIGKILL for a job that is preempted,
+    cancelled or out of time. ``node_timeout_s`` is how long a node may be silent before it is DOWN.
     ``min_job_age_s`` is how long the controller knows a job that has ended. ``requeue_delay_s`` is how long a
     requeued job waits.
     """
@@ -35,6 +36,7 @@ class Options:
     accounting: bool = True
     enforce: bool = False
     grace_s: int = 0
+    send_user_signal: bool = False
     kill_wait_s: int = 5
     node_timeout_s: int = 15
     min_job_age_s: int = 300
@@ -187,8 +189,9 @@ def _jobs(options: Options) -> list[str]:
 
 
 def _scheduling(options: Options) -> list[str]:
-    del options
+    user_signal = ["SlurmctldParameters=preempt_send_user_signal"] if options.send_user_signal else []
     return [
+        *user_signal,
         "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_Core_Memory",
         "DefMemPerCPU=100",
