@@ -61,8 +61,10 @@ class Daemon:
     @property
     def alive(self) -> bool:
         """Whether its process runs."""
+        if self.process is not None and self.process.alive:
+            return True
         self._reap()
-        return self.process is not None and self.process.alive
+        return False
 
     def start(self) -> None:
         """Start it and wait until it answers; nothing if it runs.
@@ -125,7 +127,8 @@ class Daemon:
         self.changed()
 
     def _reap(self) -> None:
-        if self._child is not None and self._child.poll() is not None:
+        if self._child is not None:
+            self._child.wait(_STOP_S)
             self._child = None
 
 

@@ -146,4 +146,5 @@ def _stat(pid: int) -> list[str] | None:
         return None
     # the name before these may itself contain spaces and parentheses
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] in {"Z", "X"} else fields
+    # a first thread is a zombie as long as others of its process still end and hold ports
+    return None if fields[0] in {"Z", "X"} and int(fields[17]) <= 1 else fields
