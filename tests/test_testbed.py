@@ -168,6 +168,7 @@ def test_jobs_run_without_the_accounting_daemon_and_are_in_sacct_afterwards(clus
     cluster.until(lambda: cluster.run(*query).strip() == "COMPLETED", "sacct shows the job", 60)
 
 
+@pytest.mark.slow
 def test_a_lost_node_takes_its_job_along(cluster: Cluster) -> None:
     job = cluster.submit("--nodelist=node2", "--no-requeue", script=FOREVER)
     wait_state(cluster, job, "RUNNING")
