@@ -95,6 +95,10 @@ CASES = {
         {"conf/sweep/mine.yaml": HEAD.replace("grid", "tpe, pruner: successive_halving")
         + "task: tasks.train\nmetric: score\nparams: {x: 'interval(1, 2)'}\npruner: {min_resource: 1}\n"},
     ),
+    "choice with a dot": Bad(
+        (GOOD, "sweep.pruner=median"), ("sweep.pruner: choose it with sweep/pruner=median,", "got 'median'")
+    ),
+    "choice in the file's body": Bad((MINE,), ("sweep.pruner", "'pruner: median'"), sweep_file(pruner="median")),
     "type of an option": Bad((GOOD, "sweep.log_limit_mb=much"), ("log_limit_mb", "much")),
     "option of hydra": Bad(("--nosuch", GOOD), ("--nosuch",)),
     "executor": Bad((GOOD, "sweep/executor=mars"), ("executor/mars", "local")),

@@ -20,7 +20,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from repro_sweep.config import custom_space, schema
-from repro_sweep.config.optuna_sweeper import DEFAULT_TRIALS, Translation, results_yaml, translate
+from repro_sweep.config.optuna_samplers import DEFAULT_TRIALS
+from repro_sweep.config.optuna_sweeper import Translation, results_yaml, translate
 from repro_sweep.config.space import Space
 from repro_sweep.errors import SweepError
 from repro_sweep.search.samplers import build
@@ -274,7 +275,7 @@ def test_the_sample_application_is_translated(composed: Composed) -> None:
     assert found.sampler is not None
     assert found.sampler.name == "tpe"
     assert found.sampler.options == {
-        "n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "group": True,
+        "n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "group": None,
         "constant_liar": True, "seed": 123,
     }  # fmt: skip
     assert found == Translation(
@@ -344,8 +345,8 @@ def test_directions_are_taken_in_every_form(given: object, expected: tuple[Direc
 @pytest.mark.parametrize(
     ("sampler", "name", "options"),
     [
-        ({"seed": 3}, "tpe", {"seed": 3, "multivariate": True, "group": True}),
-        ({"_target_": "optuna.samplers.TPESampler", "multivariate": False}, "tpe", {"group": False, "seed": None}),
+        ({"seed": 3}, "tpe", {"seed": 3, "multivariate": True, "group": None}),
+        ({"_target_": "optuna.samplers.TPESampler", "multivariate": False}, "tpe", {"multivariate": False}),
         ({"_target_": "optuna.samplers.MOTPESampler", "n_ehvi_candidates": 7}, "tpe", {"n_ei_candidates": 7}),
         ({"_target_": "optuna.samplers.CmaEsSampler", "use_separable_cma": True}, "cmaes", {"use_separable_cma": True}),
         ({"_target_": "optuna.samplers.NSGAIISampler", "population_size": 8}, "nsgaii", {"population_size": 8}),

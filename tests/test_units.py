@@ -178,7 +178,7 @@ def test_a_ledger_of_another_format_is_refused(ledger: Ledger, tmp_path: Path) -
     ledger.set_meta("format", "99")
     ledger.commit()
     ledger.close()
-    with pytest.raises(LedgerError, match="format 99, this version reads format 2"):
+    with pytest.raises(LedgerError, match="format 99, this version reads format 3"):
         Ledger.open(tmp_path)
 
 

@@ -87,8 +87,8 @@ def test_a_verdict_in_time_answers_its_report(tmp_path: Path) -> None:
 def test_a_late_verdict_is_told_with_the_next_report_and_makes_only_one_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("repro_sweep.coordinator._VERDICT_S", 0.3)
-    monkeypatch.setattr("repro_sweep.coordinator._SOON_S", 0.0)
+    monkeypatch.setattr("repro_sweep.verdicts._PATIENCE_S", 0.3)
+    monkeypatch.setattr("repro_sweep.verdicts._OVERDUE_S", 0.0)
     waited: list[float] = []
 
     async def worker(coordinator: Warned, asker: Asker) -> None:

@@ -33,6 +33,7 @@ from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tally import Tally
 from repro_sweep.tracking.process import TrackerProcess
+from repro_sweep.verdicts import Verdicts
 from repro_sweep.watch import Watch
 
 _T = TypeVar("_T")
@@ -41,7 +42,6 @@ _WORKER_SILENT_S = 60.0
 _CLOSE_S = 15.0
 _SOON_S = 0.2
 """A slot that has just ended a trial of a search waits so long for the next one, which is being asked for."""
-_VERDICT_S = 1.5
 _MANY = 1_000_000
 
 log = logging.getLogger(__name__)
@@ -112,14 +112,11 @@ class Coordinator:
         self._handout = Handout()
         self._fresh: set[int] = set()
         self._tally = self._take_over(ledger)
+        self._verdicts = Verdicts(spec, asker, self.warn)
         self._search: Searching | None = None
         if asker is not None and spec.search is not None:
             self._search = Searching(spec, ledger, asker, self, self._write)
         self._asking: asyncio.Task[None] | None = None
-        self._doomed: set[str] = set()
-        self._due: set[asyncio.Task[None]] = set()
-        self._pruning_failed = False
-        self._judged = False
 
     def _take_over(self, ledger: Ledger) -> Tally:
         """Take the sweep as it is, and expect the workers that an earlier coordinator has left, with what they run."""
@@ -314,7 +311,9 @@ class Coordinator:
         late = await self._write(change)
         for attempt in late:
             log.warning("attempt %s had ended before: a report of it was refused", attempt)
-        return protocol.Acknowledged(refused=bool(late), prune=await self._verdicts(message.reports))
+        return protocol.Acknowledged(
+            refused=bool(late), prune=await self._verdicts.on(message.reports, self._trial_of)
+        )
 
     async def finish(self, message: protocol.Finish) -> protocol.Acknowledged:
         """An attempt ended; a repeated message changes nothing."""
@@ -463,12 +462,11 @@ class Coordinator:
             lambda ledger: endings.record(ledger, self.spec, attempt, outcome, reports, stopping=stopping)
         )
         if running is not None and ending.accepted:
-            self._note_reports(running.trial, reports)
-            self._check_reported(running, ending.outcome.state)
+            whole = outcome.state is TrialState.COMPLETE and running.assignment.ordinal == 0
+            self._verdicts.ended(attempt, running.trial, reports, whole=whole)
             self._tell(ending.step, running.trial, ending.outcome.state, ending.outcome.metrics)
         if not ending.accepted or running is None or self._running.pop(attempt, None) is None:
             return ending.accepted  # too late, or the same message twice
-        self._doomed.discard(attempt)
         number = running.trial
         worker = self._workers.get(running.worker)
         if worker is not None:
@@ -620,65 +618,13 @@ class Coordinator:
             return 0
         return unlimited if self._search.left is None else self._search.left
 
-    async def _verdicts(self, reports: Sequence[protocol.Report]) -> tuple[str, ...]:
-        """The attempts that are to be pruned. Training goes on where that cannot be told in time.
-
-        A verdict that comes too late is for the attempt's next report, and nobody waits while one is due.
-        """
-        asker, metric = self._asker, self.spec.all_objectives[0].metric
-        if asker is None or self.spec.pruner is None:
-            return ()
-        asked: list[asyncio.Task[None]] = []
-        for report in reports:
-            running = self._running.get(report.attempt)
-            if running is not None and metric in report.metrics:
-                self._judged = True
-                asked.append(
-                    asyncio.create_task(self._judge(asker, running, report.step, report.metrics[metric]))
-                )
-        if asked:
-            self._due.update(asked)
-            overdue = len(self._due) > len(asked)
-            await asyncio.wait(asked, timeout=_SOON_S if overdue else _VERDICT_S)
-        return tuple({report.attempt for report in reports} & self._doomed)
-
-    async def _judge(self, asker: AskingProcess, running: _Running, step: int, value: float) -> None:
-        """Hear whether an attempt is to be pruned."""
-        try:
-            if await asker.report(running.trial, step, value):
-                self._doomed.add(running.assignment.attempt)
-        except SweepError as error:
-            if not self._pruning_failed:
-                self._pruning_failed = True
-                self.warn(f"nothing is pruned any more: {error}")
-        finally:
-            task = asyncio.current_task()
-            if task is not None:
-                self._due.discard(task)
+    def _trial_of(self, attempt: str) -> int | None:
+        running = self._running.get(attempt)
+        return None if running is None else running.trial
 
     def warn(self, text: str) -> None:
         """Something that the user should know has happened."""
         log.warning("%s", text)
-
-    def _note_reports(self, number: int, reports: Sequence[NewReport]) -> None:
-        """The last reports of a trial come with its end: the pruner compares others with them."""
-        metric = self.spec.all_objectives[0].metric
-        if self._asker is not None and self.spec.pruner is not None:
-            for report in reports:
-                if metric in report.metrics:
-                    self._judged = True
-                    self._asker.note(number, report.step, report.metrics[metric])
-
-    def _check_reported(self, running: _Running, state: TrialState) -> None:
-        """Say it, once, where the pruner has nothing to go by: a metric's name may be mistyped."""
-        pruner = self.spec.pruner
-        if pruner is None or self._judged or state is not TrialState.COMPLETE or running.assignment.ordinal:
-            return
-        self._judged = True
-        self.warn(
-            f"sweep/pruner={pruner.name}: trial {running.trial} has ended and never reported"
-            f" '{self.spec.all_objectives[0].metric}' (repro_sweep.report), without which nothing is pruned"
-        )
 
     def _tell(self, step: int, number: int, state: TrialState, metrics: Mapping[str, float]) -> None:
         if self._search is not None and step:

@@ -23,7 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from repro_sweep import machine, task
 from repro_sweep.config.compose import composition_of
-from repro_sweep.config.optuna_sweeper import DEFAULT_TRIALS, Translation
+from repro_sweep.config.optuna_samplers import DEFAULT_TRIALS
+from repro_sweep.config.optuna_sweeper import Translation
 from repro_sweep.config.schema import SweepConf
 from repro_sweep.config.trials import SUBDIR
 from repro_sweep.errors import SweepError
@@ -32,6 +33,7 @@ from repro_sweep.provenance.source import code_fingerprint, git_state
 from repro_sweep.records import now
 from repro_sweep.search import base as searchers
 from repro_sweep.search.grid import GridConf
+from repro_sweep.search.samplers import checked_seed
 from repro_sweep.standings import usual_direction
 from repro_sweep.states import Direction, FailureKind
 from repro_sweep.sweep import (
@@ -77,10 +79,11 @@ def sweep_options(config: DictConfig) -> SweepConf:
     except OmegaConfBaseException as error:
         raise SweepError(f"sweep: {str(error).splitlines()[0]}") from error
     if missing:
-        first = min(missing)
+        first = min(missing).removeprefix("sweep.")
         raise SweepError(
             f"sweep.{first}: has no value; put '{first}: …' into the defaults of the sweep's YAML"
         )
+    _check_choices(config)
     return node
 
 
@@ -101,25 +104,72 @@ def _check_keys(node: Any, where: str) -> None:
             _check_keys(node[key], f"{where}.{key}")
 
 
+def _check_choices(config: DictConfig) -> None:
+    """What a config group offers is chosen with a slash; a dot would only replace the options of what is chosen.
+
+    Raises:
+        SweepError: a node is not the options of a choice.
+    """
+    for key, known in _choosable().items():
+        choice, node = config.hydra.runtime.choices.get(f"sweep/{key}"), config.sweep[key]
+        if isinstance(node, DictConfig) if choice is not None else node is None:
+            continue
+        got = "none" if node is None else node.get("name") if isinstance(node, DictConfig) else node
+        name, allowed = (got, "") if got in known else ("NAME", f" ({', '.join(known)})")
+        raise SweepError(
+            f"sweep.{key}: choose it with sweep/{key}={name}{allowed}, in a file with '{key}: {name}' in its defaults;"
+            f" sweep.{key} has the options of what is chosen, got {_shown(node)}"
+        )
+
+
+def _choosable() -> dict[str, Sequence[str]]:
+    """The config groups of the ``sweep`` node, and what they offer."""
+    pruners = sorted(searchers.pruner_options())
+    return {
+        "sampler": searchers.names(),
+        "executor": sorted(executors.options()),
+        "pruner": pruners,
+        "repeats_pruner": pruners,
+    }
+
+
+def _shown(node: object) -> str:
+    return repr(OmegaConf.to_container(node) if isinstance(node, DictConfig | ListConfig) else node)
+
+
 def adopt(options: SweepConf, config: DictConfig, asked: Translation) -> Chosen:
-    """Take over what ``hydra.sweeper`` asks for where the ``sweep`` node says nothing; returns the sampler."""
+    """Take over what ``hydra.sweeper`` asks for where the ``sweep`` node says nothing; returns the sampler.
+
+    A sampler that the ``sweep`` node chooses replaces the other one, and nothing else of what is asked for.
+    """
     choice = str(config.hydra.runtime.choices.get("sweep/sampler") or "grid")
-    if not asked.search or asked.sampler is None or choice != "grid":
-        return Chosen(name=choice, options=_plain(options.sampler))
-    if options.metric is None and len(asked.directions) > 1:
-        options.metric = [f"{UNNAMED_METRIC}_{i}" for i in range(len(asked.directions))]
-    if options.direction is None:
-        directions = [str(each) for each in asked.directions or (Direction.MINIMIZE,)]
-        options.direction = directions if len(directions) > 1 else directions[0]
-    budget = options.budget
-    if all(each is None for each in (budget.trials, budget.hours, budget.target, budget.plateau)):
-        budget.trials = asked.trials or DEFAULT_TRIALS
-    if options.max_failures is None:
-        options.max_failures = asked.max_failures
+    sampler = Chosen(name=choice, options=_plain(options.sampler))
+    if asked.sampler is None:
+        return sampler
+    if choice == "grid" and asked.search:
+        sampler = asked.sampler
+    _adopt_objectives(options, asked)
     if asked.slots is not None and options.executor.get("slots", 0) is None:
         options.executor.slots = asked.slots
     options.custom_search_space = options.custom_search_space or asked.custom_search_space
-    return asked.sampler
+    if options.max_failures is None and asked.search:  # the rate is one of so many trials
+        options.max_failures = asked.max_failures
+    budget = options.budget
+    has_none = all(each is None for each in (budget.trials, budget.hours, budget.target, budget.plateau))
+    if has_none and asked.search and issubclass(searchers.load(sampler.name).searcher, searchers.Search):
+        budget.trials = asked.trials or DEFAULT_TRIALS
+    return sampler
+
+
+def _adopt_objectives(options: SweepConf, asked: Translation) -> None:
+    """Its number is minimized where nothing is said; a metric that the ``sweep`` node names has its usual direction."""
+    directions = [str(each) for each in asked.directions]
+    if options.metric in (None, UNNAMED_METRIC):
+        directions = directions or [Direction.MINIMIZE.value]
+    if options.metric is None and len(directions) > 1:
+        options.metric = [f"{UNNAMED_METRIC}_{i}" for i in range(len(directions))]
+    if options.direction is None and directions:
+        options.direction = directions if len(directions) > 1 else directions[0]
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -317,10 +367,10 @@ def _search(
         )
     if between is not None and not options.repeats:
         raise SweepError("sweep/repeats_pruner: there are no repeats to prune (sweep.repeats)")
-    seed = sampler.options.get("seed")
+    seed = checked_seed(sampler.options.get("seed"), "sweep.sampler.seed")
     return SearchSpec(
         sampler=sampler,
-        seed=secrets.randbelow(_MAX_SEED) if seed is None else int(str(seed)),
+        seed=secrets.randbelow(_MAX_SEED) if seed is None else seed,
         space=SpaceSpec(
             params=_raw(options.params),
             zip=_raw(options.zip),

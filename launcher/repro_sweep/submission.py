@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from repro_sweep import history, specification
-from repro_sweep.config import optuna_sweeper
+from repro_sweep.config import custom_space, optuna_sweeper
 from repro_sweep.config.compose import Composer
 from repro_sweep.config.space import Space
 from repro_sweep.config.trials import TrialMaker
@@ -149,7 +149,7 @@ def prepare(
     )
     if spec.search is not None:
         if spec.search.custom_search_space is not None:
-            optuna_sweeper.resolve(spec.search.custom_search_space)
+            custom_space.resolve(spec.search.custom_search_space)
         ready = expansion.search(space, spec.search)
         return replace(ready, notices=(*asked.notices, *ready.notices), for_optuna_sweeper=asked.search)
     check(space, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -47,6 +48,7 @@ def _one_line(error: BaseException, overrides: Sequence[str]) -> str:
             parts.append(text)
         step = step.__cause__
     message = (": ".join(parts) or type(error).__name__) + _allowed_keys(error)
+    message += _misplaced_choice(message)
     if overrides and not any(line in message for line in overrides):
         message += f" (with {' '.join(overrides)})"
     return message
@@ -61,6 +63,13 @@ def _allowed_keys(error: BaseException) -> str:
     if not (isinstance(node, type) and is_dataclass(node)):
         return ""
     return f" ({', '.join(field.name for field in fields(node))})"
+
+
+def _misplaced_choice(message: str) -> str:
+    """For a YAML file whose body has ``sampler: tpe``, which belongs into its defaults."""
+    if re.search(r"Merge error: \w+ is not a subclass of \w+Conf\b", message):
+        return "; what a sampler, an executor or a pruner is, the file's defaults say"
+    return ""
 
 
 def _condensed(error: BaseException) -> str:

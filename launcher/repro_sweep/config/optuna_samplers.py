@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from repro_sweep.errors import SweepError
 from repro_sweep.search import base as searchers
+from repro_sweep.search.samplers import checked_seed
 from repro_sweep.sweep import Chosen
 
 DEFAULT_TRIALS = 20
@@ -152,6 +153,7 @@ def sampler_of(node: object, trials: int | None) -> tuple[Chosen, list[str]]:
     target = given.pop("_target_", f"{_PACKAGE}TPESampler")
     if not isinstance(target, str):
         raise SweepError(f"{_WHERE}._target_: must be the dotted name of a sampler, got {target!r}")
+    checked_seed(given.get("seed"), f"{_WHERE}.seed")
     kind = _BY_CLASS.get(target.rpartition(".")[2]) if target.startswith(_THEIRS) else None
     if kind is None:
         return Chosen(name="optuna", options={"_target_": target, "seed": None, **given}), []
@@ -186,8 +188,6 @@ def _used(kind: _Kind, given: Mapping[str, object]) -> tuple[dict[str, object], 
             raise SweepError(f"{_WHERE}.{key}: not an option of {kind.ours} ({', '.join(own)})")
         elif value != kind.options[key]:
             notices.append(f"{_WHERE}.{key}: not used: {_UNUSED.get(key, _DEPRECATED)}")
-    if kind.ours == "tpe" and kept.get("multivariate") is False:
-        kept.setdefault("group", False)  # which Optuna takes together with multivariate only
     return kept, notices
 
 

@@ -19,14 +19,11 @@ from hydra.core.override_parser.types import Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from repro_sweep.config.custom_space import bind, resolve
 from repro_sweep.config.grammar import Grammar, key_name
 from repro_sweep.config.optuna_samplers import DEFAULT_TRIALS, sampler_of
 from repro_sweep.errors import SpaceError, SweepError
 from repro_sweep.states import Direction
 from repro_sweep.sweep import Chosen
-
-__all__ = ["DEFAULT_TRIALS", "Translation", "bind", "resolve", "results_yaml", "translate"]
 
 _WHERE = "hydra.sweeper"
 _OURS = frozenset({"params", "plan"})

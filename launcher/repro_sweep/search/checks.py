@@ -44,6 +44,7 @@ def check(space: SearchSpace, sweep: SweepSpec) -> list[str]:
         SpaceError: the sampler cannot handle the space.
     """
     _check_pruner(sweep, sweep.pruner, "sweep.pruner")
+    _check_reported(sweep)
     search = sweep.search
     if search is None:
         return []
@@ -67,6 +68,14 @@ def _check_pruner(sweep: SweepSpec, chosen: Chosen | None, where: str) -> None:
             f"{where.replace('.', '/', 1)}: pruning needs one objective, got {_objectives(sweep)}"
         )
     pruning.build(chosen, where)
+
+
+def _check_reported(sweep: SweepSpec) -> None:
+    """What a pruner decides by is reported by its name, and the number that a task returns has none."""
+    if sweep.pruner is not None and sweep.pruner.name != pruning.NONE and sweep.metric is None:
+        raise SweepError(
+            f"sweep/pruner={sweep.pruner.name}: a pruner needs a metric that the task reports: sweep.metric=NAME"
+        )
 
 
 def _check_sampler(search: SearchSpec, objectives: int) -> str:

@@ -16,12 +16,15 @@ from repro_sweep.search.study import OptunaSearch
 
 @dataclass
 class TpeConf:
-    """``TPESampler``; unlike Optuna's default, conditional parameters are modelled jointly too (``group``)."""
+    """``TPESampler``; unlike Optuna's default, conditional parameters are modelled jointly too (``group``).
+
+    Optuna has ``group`` together with ``multivariate`` only, so null is what ``multivariate`` is.
+    """
 
     n_startup_trials: int = 10
     n_ei_candidates: int = 24
     multivariate: bool | None = True
-    group: bool = True
+    group: bool | None = None
     constant_liar: bool = True
     seed: int | None = None
 

@@ -33,7 +33,9 @@ CLASSES: Mapping[str, str] = {
     "tpe": "TPESampler",
 }
 STATELESS = frozenset({"bruteforce", "gp", "random", "tpe"})
-NEEDS: Mapping[str, tuple[str, ...]] = {"cmaes": ("cmaes",), "gp": ("scipy", "torch"), "qmc": ("scipy",)}
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    name: targets.PACKAGES[cls] for name, cls in CLASSES.items() if cls in targets.PACKAGES
+}
 # ``repro-sweep`` says itself, once and before the start, what these would say again and again
 _QUIET: Mapping[str, Mapping[str, object]] = {
     "cmaes": {"warn_independent_sampling": False},
@@ -55,6 +57,8 @@ def build(name: str, options: Mapping[str, Any], seed: int) -> BaseSampler:
     given = {key: value for key, value in options.items() if key not in {"name", "seed"}}
     if name == BY_TARGET:
         return _by_target(given, seed)
+    if name == "tpe" and given.get("group", False) is None:
+        given["group"] = given.get("multivariate") is True
     with quiet():
         arguments: dict[str, Any] = {
             key: targets.instantiate(value, f"{WHERE}.{key}") for key, value in given.items()
@@ -68,6 +72,23 @@ def build(name: str, options: Mapping[str, Any], seed: int) -> BaseSampler:
         )
     assert isinstance(made, optuna.samplers.BaseSampler)
     return made
+
+
+def checked_seed(value: object, where: str) -> int | None:
+    """A seed as NumPy's generators take it, None where none is given.
+
+    Raises:
+        SweepError: it is none.
+    """
+    if value is None:
+        return None
+    try:
+        seed = int(str(value))
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < _SEEDS:
+        raise SweepError(f"{where}: must be a whole number from 0 to {_SEEDS - 1}, got {value!r}")
+    return seed
 
 
 def fresh_seed(seed: int, number: int) -> int:
@@ -85,8 +106,7 @@ def check_packages(what: str, packages: tuple[str, ...]) -> None:
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        noun = "package" if len(missing) == 1 else "packages"
-        raise SweepError(f"{what} needs the {noun} {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise SweepError(f"{what} {targets.needs(missing)}")
 
 
 @contextmanager

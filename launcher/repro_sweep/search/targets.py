@@ -11,13 +11,24 @@ import importlib
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 from repro_sweep.errors import SweepError
 
 TARGET = "_target_"
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "CmaEsSampler": ("cmaes",),
+    "GPSampler": ("scipy", "torch"),
+    "QMCSampler": ("scipy",),
+    "WilcoxonPruner": ("scipy",),
+}
+"""What classes of Optuna's need that Optuna does not bring along, and only import once they are at work."""
+
+_DISTRIBUTIONS = {"skopt": "scikit-optimize", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+"""How packages are called where pip gets them, if not like their modules."""
+
 _HUB = "hub:"
 _FORMS = "a dotted name such as optuna.samplers.TPESampler, or hub:samplers/NAME[:Class]"
 
@@ -77,9 +88,7 @@ def call(
     try:
         return made_by(*positional, **arguments)
     except ImportError as error:
-        needed = re.match(r"[A-Za-z0-9_-]+", error.name or "")
-        hint = f" (pip install {needed.group()})" if needed else ""
-        raise SweepError(f"{where}: {name} cannot be imported: {one_line(error)}{hint}") from error
+        raise SweepError(f"{where}: {name} cannot be imported: {one_line(error)}{_remedy(error)}") from error
     except Exception as error:
         raise SweepError(f"{_place(where, str(error), arguments)}: {one_line(error)}") from error
 
@@ -88,12 +97,28 @@ def locate(target: object, where: str) -> Callable[..., object]:
     """The class or function that a target names.
 
     Raises:
-        SweepError: there is none.
+        SweepError: there is none, or a package that it needs is missing.
     """
     if not isinstance(target, str) or not target:
         raise SweepError(f"{where}: must be {_FORMS}; got {target!r}")
-    if target.startswith(_HUB):
-        return _from_hub(target, where)
+    found = _from_hub(target, where) if target.startswith(_HUB) else _by_name(target, where)
+    _check_packages(found, target, where)
+    return found
+
+
+def needs(packages: Iterable[str]) -> str:
+    """That packages are missing, and the command that installs them."""
+    missing = list(packages)
+    noun = "package" if len(missing) == 1 else "packages"
+    return f"needs the {noun} {' and '.join(missing)}: {_pip(missing)}"
+
+
+def one_line(error: Exception) -> str:
+    """The error in one line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _by_name(target: str, where: str) -> Callable[..., object]:
     names = target.split(".")
     for length in range(len(names) - 1, 0, -1):
         module = _module(".".join(names[:length]), target, where)
@@ -101,19 +126,44 @@ def locate(target: object, where: str) -> Callable[..., object]:
             continue
         found: Any = module
         for name in names[length:]:
-            if not hasattr(found, name):
-                raise SweepError(f"{where}: {target!r}: {module.__name__} has no {name!r}")
-            found = getattr(found, name)
+            try:
+                found = getattr(found, name)
+            except AttributeError:
+                raise SweepError(f"{where}: {target!r}: {module.__name__} has no {name!r}") from None
+            except ImportError as error:  # a module may import its contents when they are asked for
+                raise _not_imported(target, where, error) from error
         if not callable(found):
             raise SweepError(f"{where}: {target!r} is no class and no function")
         made_by: Callable[..., object] = found
         return made_by
-    raise SweepError(f"{where}: {target!r}: there is no module {names[0]!r}; it must be {_FORMS}")
+    hint = f" (if it is not installed: {_pip(names[:1])})" if len(names) > 1 else ""
+    raise SweepError(f"{where}: {target!r}: there is no module {names[0]!r}; it must be {_FORMS}{hint}")
 
 
-def one_line(error: Exception) -> str:
-    """The error in one line."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+def _check_packages(made_by: Callable[..., object], target: str, where: str) -> None:
+    bases = [base for base in getattr(made_by, "__mro__", ()) if base.__module__.startswith("optuna.")]
+    packages = {each for base in bases for each in PACKAGES.get(base.__name__, ())}
+    if missing := sorted(each for each in packages if importlib.util.find_spec(each) is None):
+        raise SweepError(f"{where}: {target} {needs(missing)}")
+
+
+def _not_imported(target: str, where: str, error: Exception) -> SweepError:
+    return SweepError(f"{where}: {target!r} cannot be imported: {one_line(error)}{_remedy(error)}")
+
+
+def _remedy(error: BaseException) -> str:
+    """The command that installs what could not be imported; empty where that is not known to be a package."""
+    step: BaseException | None = error
+    while step is not None:
+        if isinstance(step, ImportError) and step.name:
+            package = step.name.partition(".")[0]
+            return "" if importlib.util.find_spec(package) else f" ({_pip([package])})"
+        step = step.__cause__
+    return ""
+
+
+def _pip(packages: Iterable[str]) -> str:
+    return f"pip install {' '.join(_DISTRIBUTIONS.get(each, each) for each in packages)}"
 
 
 def _takes(made_by: Callable[..., object], name: str) -> bool:
@@ -129,15 +179,15 @@ def _module(name: str, target: str, where: str) -> ModuleType | None:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             return None
-        raise SweepError(f"{where}: {target!r} cannot be imported: {one_line(error)}") from error
+        raise _not_imported(target, where, error) from error
     except Exception as error:
-        raise SweepError(f"{where}: {target!r} cannot be imported: {one_line(error)}") from error
+        raise _not_imported(target, where, error) from error
 
 
 def _from_hub(target: str, where: str) -> Callable[..., object]:
     """A class of an OptunaHub package; without a class's name, the only sampler or pruner in it."""
     if importlib.util.find_spec("optunahub") is None:
-        raise SweepError(f"{where}: {target} needs the package optunahub: pip install optunahub")
+        raise SweepError(f"{where}: {target} {needs(['optunahub'])}")
     import optuna
     import optunahub
 
@@ -145,7 +195,9 @@ def _from_hub(target: str, where: str) -> Callable[..., object]:
     try:
         module = optunahub.load_module(package)
     except Exception as error:
-        raise SweepError(f"{where}: {target!r} cannot be loaded from OptunaHub: {one_line(error)}") from error
+        raise SweepError(
+            f"{where}: {target!r} cannot be loaded from OptunaHub: {one_line(error)}{_remedy(error)}"
+        ) from error
     bases = (optuna.samplers.BaseSampler, optuna.pruners.BasePruner)
     exported = getattr(module, "__all__", None) or [key for key in vars(module) if not key.startswith("_")]
     classes = {
