@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -70,10 +70,16 @@ class Holder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Where a coordinator listens; of two the one with the larger epoch is right."""
+    """Where a coordinator listens; of two the one with the larger epoch is right.
+
+    ``socket`` is for processes of its own machine. ``tcp`` are ways in for others, ``host:port``, any of which will do;
+    who comes there must know ``token``. Empty where it does not listen for others.
+    """
 
     epoch: int
     socket: str
+    tcp: tuple[str, ...] = ()
+    token: str = field(default="", repr=False)
 
 
 class Lease:
@@ -101,10 +107,10 @@ class Lease:
         failpoint("lease.taken")
         return cls(directory, holder, lock)
 
-    def announce(self, socket_path: str) -> None:
-        """Tell workers where this coordinator listens."""
+    def announce(self, socket_path: str, tcp: tuple[str, ...] = (), token: str = "") -> None:
+        """Tell workers where this coordinator listens: in a file that only its user can read."""
         before = address_of(self._directory)
-        address = Address(epoch=self.holder.epoch, socket=socket_path)
+        address = Address(epoch=self.holder.epoch, socket=socket_path, tcp=tcp, token=token)
         record = {
             "host": self.holder.host,
             "pid": self.holder.pid,
@@ -114,7 +120,7 @@ class Lease:
         write_file(self._directory / ADDRESS_NAME, json.dumps(record))
         failpoint("lease.announced")
         # what a coordinator that was killed has left in the folder for temporary files
-        if before is not None:
+        if before is not None and self.holder.was_here:
             with contextlib.suppress(OSError):
                 Path(before.socket).unlink()
                 Path(before.socket).parent.rmdir()
@@ -165,7 +171,12 @@ def address_of(directory: Path) -> Address | None:
     """Where the sweep's coordinator listens, or listened."""
     try:
         record = json.loads((directory / ADDRESS_NAME).read_text())
-        return Address(epoch=record["epoch"], socket=record["socket"])
+        return Address(
+            epoch=record["epoch"],
+            socket=record["socket"],
+            tcp=tuple(record.get("tcp", ())),
+            token=record.get("token", ""),
+        )
     except (OSError, ValueError, KeyError):
         return None
 

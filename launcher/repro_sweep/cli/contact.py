@@ -9,7 +9,7 @@ from pathlib import Path
 
 from repro_sweep import protocol
 from repro_sweep.errors import ProtocolError, SweepError
-from repro_sweep.lease import Holder, address_of, holder_of, is_held
+from repro_sweep.lease import Address, Holder, address_of, holder_of, is_held
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Progress
 from repro_sweep.worker.client import Client, CoordinatorLostError
@@ -62,13 +62,15 @@ def _ask(directory: Path, holder: Holder, path: str, message: protocol.Message) 
     address = _address(directory, holder)
     if address is None:
         return None
-    try:
-        with contextlib.closing(Client(address, timeout_s=_TIMEOUT_S)) as client:
-            return client.exchange(path, message)
-    except (CoordinatorLostError, ProtocolError):
-        return None
+    for target in (address.socket,) if holder.was_here else address.tcp:
+        try:
+            with contextlib.closing(Client(target, address.token, timeout_s=_TIMEOUT_S)) as client:
+                return client.exchange(path, message)
+        except (CoordinatorLostError, ProtocolError):
+            continue
+    return None
 
 
-def _address(directory: Path, holder: Holder) -> str | None:
+def _address(directory: Path, holder: Holder) -> Address | None:
     announced = address_of(directory)
-    return announced.socket if announced is not None and announced.epoch == holder.epoch else None
+    return announced if announced is not None and announced.epoch == holder.epoch else None

@@ -98,11 +98,11 @@ class _Session:
         await self._tracker.start()
         if self._asker is not None:
             await self._asker.start()
-        server = Server(self._coordinator)
+        server = Server(self._coordinator, executors.host(self._spec))
         try:
             await server.start()
             async with Display(self._coordinator.progress):
-                self._lease.announce(server.path)
+                self._lease.announce(server.path, server.tcp, server.token)
                 async with reusing(self._spec, self._coordinator, self._tracker) as self._reusing:
                     await self._coordinator.run(executors.create(self._spec, server.path))
                 await self._report()
@@ -115,7 +115,7 @@ class _Session:
             await self._tracker.kill()
             await self._coordinator.close()
         failed = summarise(self._spec, self._coordinator.progress(), left, error)
-        return INTERRUPTED if self._interrupts else int(failed)
+        return INTERRUPTED if self._interrupts or self._coordinator.abandoned else int(failed)
 
     async def _report(self) -> None:
         """Draw a search's report, which MLflow gets too, unless the user is in a hurry."""

@@ -23,23 +23,37 @@ _PACKAGE = "repro_sweep.executors"
 
 
 class WorkerState(StrEnum):
-    """How a worker is, as its executor sees it. Unknown is alive: only what surely ended has ended."""
+    """How a worker is, as its executor sees it. Unknown is alive: only what surely ended has ended.
+
+    MISSING: nothing knows of it any more; it has ended if it does not speak with its coordinator either.
+    """
 
     ALIVE = "ALIVE"
+    MISSING = "MISSING"
     ENDED = "ENDED"
+
+
+class Cause(StrEnum):
+    """Why a worker ended: of its own accord or by its own fault, killed, sent away by its cluster, or by the user."""
+
+    OWN = "OWN"
+    KILLED = "KILLED"
+    EVICTED = "EVICTED"
+    CANCELLED = "CANCELLED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """A worker's state; ``detail`` says in one line why it ended."""
+    """A worker's state; ``detail`` says in one line why it ended, ``cause`` whose doing that was."""
 
     state: WorkerState
     detail: str | None = None
+    cause: Cause = Cause.OWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What an executor gets: the sweep, and the Unix socket at which its coordinator listens."""
+    """What an executor gets: the sweep, and the Unix socket at which its coordinator listens on this machine."""
 
     spec: SweepSpec
     socket: str
@@ -104,6 +118,14 @@ def create(spec: SweepSpec, socket: str = "") -> Executor:
     module = load(spec.executor_name)
     executor: Executor = module.EXECUTOR(Context(spec=spec, socket=socket), module.OPTIONS(**spec.executor))
     return executor
+
+
+def host(spec: SweepSpec) -> str | None:
+    """Where the coordinator must listen for workers on other machines (``server.Server``); None: there are none."""
+    if not getattr(load(spec.executor_name), "REMOTE", False):
+        return None
+    given = spec.executor.get("host")
+    return "*" if given is None else str(given)
 
 
 def options() -> dict[str, type]:

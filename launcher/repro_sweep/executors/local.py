@@ -17,7 +17,7 @@ from pathlib import Path
 
 from repro_sweep import machine
 from repro_sweep.errors import SweepError
-from repro_sweep.executors.base import Context, Executor, WorkerState, WorkerStatus
+from repro_sweep.executors.base import Cause, Context, Executor, WorkerState, WorkerStatus
 from repro_sweep.lease import started_at
 from repro_sweep.spool import worker_directory, write_file
 
@@ -124,7 +124,8 @@ class _Process:
         code = self._child.poll()
         if code is None:
             return _ALIVE
-        return WorkerStatus(state=WorkerState.ENDED, detail=_ending(code))
+        cause = Cause.OWN if code >= 0 else Cause.KILLED
+        return WorkerStatus(state=WorkerState.ENDED, detail=_ending(code), cause=cause)
 
     def send(self, number: signal.Signals) -> None:
         if self._child is not None:

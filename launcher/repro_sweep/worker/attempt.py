@@ -62,6 +62,7 @@ class Run:
         self._channel: socket.socket | None = None
         self._saying = threading.Lock()
         self._killed: FailureKind | None = None
+        self._interrupted = False
         self._buffer = b""
         self._started = self._reported = time.monotonic()
         self._stacks_until: float | None = None
@@ -75,6 +76,12 @@ class Run:
             self._killed = kind
         if self._child is not None:
             self._nursery.kill(self._child)
+
+    def interrupt(self) -> None:
+        """Tell the trial that its worker must leave: its next report raises ``TrialInterrupted``."""
+        if not self._interrupted:
+            self._interrupted = True
+            self._say({"leave": True}, socket.MSG_DONTWAIT)
 
     def run(self) -> dict[str, Any]:
         """Run the attempt to its end; returns the result's fields of :class:`protocol.Finish`."""
@@ -108,6 +115,8 @@ class Run:
         stack.callback(self._child.close)
         if self._killed is not None:
             self._nursery.kill(self._child)
+        if self._interrupted:
+            self._say({"leave": True}, socket.MSG_DONTWAIT)
         self._attend(self._child, ours, read, output)
 
     def _request(self) -> dict[str, Any]:
@@ -221,6 +230,8 @@ class Run:
             return (
                 f"no report for {self._limits.stall_timeout_min:g} min (sweep.stall_timeout_min); see its log"
             )
+        if kind is FailureKind.PREEMPTED:
+            return "its worker had to leave"
         return "stopped"
 
     def _out_of_memory(self) -> bool:

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from repro_sweep import task as tasks
 from repro_sweep.config.compose import Composer
 from repro_sweep.config.yamltext import hydra_yaml, to_yaml
-from repro_sweep.errors import TrackingError, TrialPruned, UserError
+from repro_sweep.errors import TrackingError, TrialInterrupted, TrialPruned, UserError
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking import inside
@@ -123,7 +123,7 @@ class Runner:
                 return {"state": TrialState.PRUNED, "metrics": context.last}
             inside.settle(failed=True)
             _print_exception(error)
-            kind = _kind(error)
+            kind = FailureKind.PREEMPTED if _gives_way(error, context) else _kind(error)
             return {
                 "state": TrialState.FAIL,
                 "kind": kind,
@@ -249,6 +249,16 @@ def _pruning(error: BaseException) -> BaseException | None:
             break
         link = link.__cause__
     return link if isinstance(link, kinds) else None
+
+
+def _gives_way(error: BaseException, context: trial.Context) -> bool:
+    """Whether the task ended because its worker must leave: another attempt goes on, and nothing has failed."""
+    link: BaseException | None = error
+    for _ in range(_LONGEST_CHAIN):
+        if isinstance(link, TrialInterrupted):
+            return context.interrupted
+        link = link.__cause__ if link is not None else None
+    return False
 
 
 def _kind(error: BaseException) -> FailureKind:
