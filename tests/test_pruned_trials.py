@@ -19,7 +19,7 @@ import pytest
 from helpers import a_spec, environment, eventually
 
 from repro_sweep import protocol
-from repro_sweep.errors import TrialPruned
+from repro_sweep.errors import TrialInterrupted, TrialPruned
 from repro_sweep.lease import ADDRESS_NAME
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import Chosen, Composition, Objective, SweepSpec, TaskSpec

@@ -67,7 +67,7 @@ class ProtocolError(ReproSweepError):
 
 
 class TrialInterrupted(Exception):  # noqa: N818  (no error)
-    """Raised by :func:`repro_sweep.report` in a trial whose worker must leave; it goes on elsewhere, with its checkpoints.
+    """Raised by :func:`repro_sweep.report` in a trial whose worker must leave; it goes on elsewhere.
 
     Let it pass, after a checkpoint if there is none of this step yet: some seconds later the trial is killed.
     """

@@ -106,9 +106,8 @@ def _listen(host: str) -> tuple[socket.socket, tuple[str, ...]]:
     """
     anywhere = host == ANY_HOST
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            "0.0.0.0" if anywhere else host, 0, type=socket.SOCK_STREAM  # noqa: S104  (only who has the token is heard)
-        )[0]
+        where = "0.0.0.0" if anywhere else host  # noqa: S104  (only who has the token is heard)
+        family, _, _, _, address = socket.getaddrinfo(where, 0, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.bind(address)
     except OSError as error:
@@ -166,7 +165,9 @@ class _Answering:
         over_tcp = scope.get("client") is not None
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
         if over_tcp and not hmac.compare_digest(given, self._wanted):
-            await Response("not this sweep's token", status_code=http.HTTPStatus.UNAUTHORIZED)(scope, receive, send)
+            await Response("not this sweep's token", status_code=http.HTTPStatus.UNAUTHORIZED)(
+                scope, receive, send
+            )
             return
         name = scope.get("path", "")[1:]
         failpoint(f"{name}.received")

@@ -36,7 +36,9 @@ class Link:
         introduce: makes the message by which the worker registers, now.
     """
 
-    def __init__(self, directory: Path, socket: str | None, introduce: Callable[[], protocol.Register]) -> None:
+    def __init__(
+        self, directory: Path, socket: str | None, introduce: Callable[[], protocol.Register]
+    ) -> None:
         self._directory = directory
         self._introduce = introduce
         announced = address_of(directory)

@@ -93,7 +93,9 @@ class Context:
                 if self._inbox.stop:
                     raise TrialPruned(f"step {step}: the trial is not worth going on with")
             if self._inbox.leave:
-                raise TrialInterrupted(f"step {step}: its worker must leave, another one goes on with the trial")
+                raise TrialInterrupted(
+                    f"step {step}: its worker must leave, another one goes on with the trial"
+                )
 
     @property
     def interrupted(self) -> bool:

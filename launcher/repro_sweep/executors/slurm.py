@@ -1,0 +1,430 @@
+"""``sweep/executor=slurm``: workers as SLURM jobs, submitted through submitit as job arrays.
+
+A job is a worker with slots, not a trial: it pulls trials until none is left or its time is nearly over. All that
+SLURM is asked is asked by one thread, so that a slow or absent controller holds nothing up: what it does not know yet
+is alive. Jobs are recognised by their names, which are written down before they are submitted; so a submission whose
+reply was lost is found again, and not repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import logging
+import math
+import queue
+import re
+import shlex
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from repro_sweep import jobs
+from repro_sweep.errors import SweepError
+from repro_sweep.executors.base import Cause, Context, Executor, WorkerState, WorkerStatus
+from repro_sweep.spool import write_file
+from repro_sweep.submitting import Submission, UnansweredError
+
+REMOTE = True
+"""Its workers come over TCP."""
+FOLDER = "slurm"
+_WORKER = "repro_sweep.worker.slurm"
+_WHERE = "sweep.executor"
+_COMMAND_S = 60.0
+_SURE_AFTER = 2
+"""So many answers of squeue without a job mean that it is gone, where accounting cannot tell."""
+_STARTS_WITHIN_S = 30.0
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Options:
+    """The names are those of hydra-submitit-launcher and submitit, where these have one.
+
+    Each of up to ``workers`` jobs has a node's ``gpus_per_node`` GPUs, ``cpus_per_task`` CPUs and ``mem_gb`` GiB for
+    ``timeout_min`` minutes. ``slots``: trials at a time in a job; null: as many as its GPUs, or else its CPUs, have
+    room for. ``expected_trial_min``: how long a trial takes, before any has ended. ``signal_delay_s``: how long
+    before its time limit a worker interrupts its trials. ``poll_s``: how long between two looks at the queue. ``host``:
+    the name or address at which the workers reach this machine; null: its own.
+    """
+
+    workers: int = 1
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    timeout_min: int = 60
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem_gb: float | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    array_parallelism: int = 256
+    setup: list[str] = field(default_factory=list)
+    additional_parameters: dict[str, Any] = field(default_factory=dict)
+    signal_delay_s: int = 90
+    slots: int | None = None
+    expected_trial_min: float | None = None
+    poll_s: float = 10.0
+    host: str | None = None
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Jobs that are submitted together: an array of ``count`` workers, found by its name; ``job`` is its id."""
+
+    ident: str
+    count: int
+    name: str
+    submitted_at: float
+    job: str | None = None
+    unseen: int = 0
+    statuses: dict[int, WorkerStatus] = field(default_factory=dict)
+
+    def worker(self, index: int) -> str:
+        return f"slurm-{self.ident}-{index}"
+
+    def record(self) -> str:
+        """What a later coordinator needs to find these jobs again."""
+        keys = ("ident", "count", "name", "submitted_at", "job")
+        return json.dumps({key: getattr(self, key) for key in keys})
+
+
+class SlurmExecutor(Executor):
+    """Workers as the tasks of SLURM job arrays.
+
+    Raises:
+        SweepError: an option cannot be used.
+    """
+
+    def __init__(self, context: Context, options: Options) -> None:
+        self._context = context
+        self._options = options
+        check_options(options, context)
+        self._folder = Path(context.spec.directory) / FOLDER
+        self._slots = slots_per_job(options, context)
+        self._lock = threading.Lock()
+        self._batches = {batch.ident: batch for batch in self._recorded()}
+        self._orders: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._cancelled: set[str] = set()
+        self._failed: SweepError | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        if self._batches:
+            self._serve()
+
+    def describe(self) -> str:
+        """Jobs, slots and partition."""
+        where = f", partition {self._options.partition}" if self._options.partition else ""
+        return f"up to {self._options.workers} SLURM jobs with {self._slots} slots each{where}"
+
+    def wanted(self, trials: int) -> int:
+        """As many jobs as have enough slots, and not more than ``workers``."""
+        return min(self._options.workers, math.ceil(trials / self._slots))
+
+    def start(self, count: int) -> list[str]:
+        """Submit jobs; returns at once, and their submission may fail later."""
+        if self._failed is not None:
+            raise self._failed
+        ident = uuid.uuid4().hex[:10]
+        name = f"{_UNSAFE.sub('-', self._context.spec.name)}.{ident}"
+        batch = _Batch(ident=ident, count=count, name=name, submitted_at=time.time())
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        write_file(self._folder / f"{ident}.json", batch.record())
+        with self._lock:
+            self._batches[ident] = batch
+            batch.statuses = dict.fromkeys(range(count), _ALIVE)
+        self._orders.put(("submit", batch))
+        self._serve()
+        return [batch.worker(index) for index in range(count)]
+
+    def poll(self) -> Mapping[str, WorkerStatus]:
+        """What SLURM has said last; jobs that it has not been asked about are alive."""
+        if self._failed is not None:
+            raise self._failed
+        with self._lock:
+            return {
+                batch.worker(index): batch.statuses.get(index, _ALIVE)
+                for batch in self._batches.values()
+                for index in range(batch.count)
+            }
+
+    def stop(self, workers: Iterable[str]) -> None:
+        """Cancel jobs: those that run get SIGTERM, and have SLURM's KillWait to leave."""
+        alive = self.poll()
+        chosen = [worker for worker in workers if alive[worker].state is not WorkerState.ENDED]
+        if chosen:
+            self._cancelled.update(chosen)
+            self._orders.put(("cancel", chosen))
+            self._serve()
+
+    def close(self, timeout_s: float) -> None:
+        """Cancel all jobs and wait until they have ended; those that do not in time get SIGKILL from SLURM itself."""
+        with contextlib.suppress(SweepError):
+            self.stop(self.poll())
+        self._closing = True
+        self._orders.put(("look", None))
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self._failed is None:
+            if all(status.state is not WorkerState.ALIVE for status in self.poll().values()):
+                break
+            time.sleep(0.05)
+        self._orders.put(("end", None))
+        if self._thread is not None:
+            self._thread.join(timeout=_COMMAND_S)
+
+    # --- the thread that speaks with SLURM -------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._work, name="slurm", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        look_at = time.monotonic()
+        while True:
+            poll_s = min(0.5, self._options.poll_s) if self._closing else self._options.poll_s
+            try:
+                order, what = self._orders.get(timeout=max(0.0, look_at - time.monotonic()))
+            except queue.Empty:
+                order, what = "look", None
+            if order == "end":
+                return
+            try:
+                if order == "submit":
+                    self._submit(what)
+                    continue
+                if order == "cancel":
+                    self._cancel(what)
+                self._look()
+            except SweepError as error:
+                self._failed = error
+            except Exception:
+                log.exception("SLURM")
+            look_at = time.monotonic() + poll_s
+
+    def _submit(self, batch: _Batch) -> None:
+        """Submit a batch. Where it is not known whether that has worked, its name will tell.
+
+        Raises:
+            SweepError: SLURM refuses it.
+        """
+        try:
+            batch.job = submission(self._options, self._context, batch.name).submit(
+                worker_command(self._options, self._context, batch.ident), batch.count
+            )
+        except UnansweredError as error:
+            log.warning("submission %s was not answered: %s", batch.name, error)
+            return
+        write_file(self._folder / f"{batch.ident}.json", batch.record())
+
+    def _cancel(self, workers: Sequence[str]) -> None:
+        with self._lock:
+            ids = [
+                batch.job + (f"_{index}" if batch.count > 1 else "")
+                for batch in self._batches.values()
+                for index in range(batch.count)
+                if batch.job is not None and batch.worker(index) in workers
+            ]
+            names = [batch.name for batch in self._batches.values() if batch.job is None]
+        if ids:
+            jobs.ask("scancel", *ids)
+        for name in names:  # submitted perhaps
+            jobs.ask("scancel", f"--name={name}")
+
+    def _look(self) -> None:
+        """One look at the queue for all jobs, and one at the accounting for those that are not there."""
+        with self._lock:
+            open_ones = [batch for batch in self._batches.values() if self._is_open(batch)]
+        if not open_ones:
+            return
+        names = ",".join(batch.name for batch in open_ones)
+        queued = jobs.ask(
+            "squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", f"--name={names}",
+            jobs.SQUEUE_FORMAT,
+        )  # fmt: skip
+        if queued is None:
+            return  # the controller is away: all that was known stays
+        seen = {(each.name, each.index): each for each in jobs.queued(queued)}
+        if any((batch.name, index) not in seen for batch in open_ones for index in self._left(batch)):
+            since = time.strftime(
+                "%Y-%m-%dT%H:%M:%S", time.localtime(min(b.submitted_at for b in open_ones) - 60)
+            )
+            ended = jobs.ask(
+                "sacct", "--noheader", "--allocations", "--parsable2", f"--name={names}", f"--starttime={since}",
+                jobs.SACCT_FORMAT,
+            )  # fmt: skip
+            seen = {(each.name, each.index): each for each in jobs.accounted(ended or "")} | seen
+        with self._lock:
+            for batch in open_ones:
+                self._note(batch, seen)
+
+    def _is_open(self, batch: _Batch) -> bool:
+        return len(batch.statuses) < batch.count or bool(self._left(batch))
+
+    def _left(self, batch: _Batch) -> list[int]:
+        """The indices of a batch's workers of whose ends nothing is known."""
+        return [
+            index
+            for index in range(batch.count)
+            if batch.statuses.get(index, _ALIVE).state is not WorkerState.ENDED
+        ]
+
+    def _note(self, batch: _Batch, seen: Mapping[tuple[str, int], jobs.Job]) -> None:
+        known = False
+        for index in self._left(batch):
+            each = seen.get((batch.name, index))
+            if each is None:
+                continue
+            known = True
+            batch.job = batch.job or each.array
+            batch.statuses[index] = self._status(batch.worker(index), each)
+        missing = [index for index in self._left(batch) if (batch.name, index) not in seen]
+        batch.unseen = 0 if known or not missing else batch.unseen + 1
+        if missing and batch.unseen >= _SURE_AFTER and time.time() > batch.submitted_at + _STARTS_WITHIN_S:
+            gone = WorkerStatus(
+                state=WorkerState.MISSING, detail="is not known to SLURM any more", cause=Cause.EVICTED
+            )
+            batch.statuses |= dict.fromkeys(missing, gone)
+
+    def _status(self, worker: str, seen: jobs.Job) -> WorkerStatus:
+        if seen.state in jobs.ALIVE:
+            return _ALIVE
+        cause = Cause.OWN
+        if seen.state in jobs.EVICTED:
+            cause = Cause.EVICTED
+        elif seen.state == "CANCELLED":
+            cause = Cause.EVICTED if worker in self._cancelled else Cause.CANCELLED
+        detail = f"ended as {seen.state} (job {seen.array}{f'_{seen.index}' if seen.index else ''})"
+        if cause is Cause.OWN and seen.state != "COMPLETED":
+            detail += last_words(Path(self._context.spec.directory), worker)
+        return WorkerStatus(state=WorkerState.ENDED, detail=detail, cause=cause)
+
+    def _recorded(self) -> Iterable[_Batch]:
+        """The jobs that an earlier coordinator of the sweep has submitted."""
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                yield _Batch(**json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError):
+                log.warning("%s cannot be read", path)
+
+
+def slots_per_job(options: Options, context: Context) -> int:
+    """How many trials run at a time in a job."""
+    resources = context.spec.resources
+    if options.slots is not None:
+        return options.slots
+    if resources.gpus > 0:
+        gpus = gpus_per_node(options, context)
+        return gpus * int(1 / resources.gpus + 1e-9) if resources.gpus < 1 else gpus // int(resources.gpus)
+    return max(1, int((options.cpus_per_task or resources.cpus) / resources.cpus + 1e-9))
+
+
+def gpus_per_node(options: Options, context: Context) -> int:
+    """GPUs of a job: what is asked for, else what one trial needs."""
+    return math.ceil(context.spec.resources.gpus) if options.gpus_per_node is None else options.gpus_per_node
+
+
+def check_options(options: Options, context: Context) -> None:
+    """See that the options can be used.
+
+    Raises:
+        SweepError: the first one that cannot.
+    """
+    for key in ("workers", "timeout_min", "array_parallelism", "signal_delay_s"):
+        value = getattr(options, key)
+        if value < 1:
+            raise SweepError(f"{_WHERE}.{key}: must be at least 1, got {value}")
+    for key in ("cpus_per_task", "slots", "mem_gb", "expected_trial_min", "poll_s"):
+        value = getattr(options, key)
+        if value is not None and not value > 0:
+            raise SweepError(f"{_WHERE}.{key}: must be greater than 0, got {value}")
+    for where, text in _texts(options):
+        if _CONTROL.search(text):
+            raise SweepError(f"{where}: must have no control characters, got {text!r}")
+    if options.signal_delay_s >= 60 * options.timeout_min:
+        raise SweepError(
+            f"{_WHERE}.signal_delay_s: must be less than timeout_min, got {options.signal_delay_s} s"
+            f" and {options.timeout_min} min"
+        )
+    if slots_per_job(options, context) < 1:
+        raise SweepError(
+            f"{_WHERE}.gpus_per_node: {gpus_per_node(options, context)} are too few for one trial:"
+            f" sweep.resources.gpus_per_trial is {context.spec.resources.gpus:g}"
+        )
+
+
+def _texts(options: Options) -> Iterable[tuple[str, str]]:
+    for key in ("partition", "account", "qos", "constraint", "exclude", "host"):
+        if getattr(options, key) is not None:
+            yield f"{_WHERE}.{key}", getattr(options, key)
+    for index, line in enumerate(options.setup):
+        yield f"{_WHERE}.setup[{index}]", line.replace("\t", " ")
+    for key, value in options.additional_parameters.items():
+        yield f"{_WHERE}.additional_parameters.{key}", f"{key}{value}"
+
+
+def worker_command(options: Options, context: Context, batch: str) -> str:
+    """The command line of a worker, for a shell; its index in the array is in its environment."""
+    resources = context.spec.resources
+    words = [sys.executable, "-P", "-m", _WORKER, "--directory", context.spec.directory, "--batch", batch]
+    words += ["--cpus", f"{resources.cpus:g}", "--gpus", f"{resources.gpus:g}"]
+    words += ["--slots", str(options.slots)] if options.slots is not None else []
+    words += ["--mem-gb", f"{resources.mem_gb:g}"] if resources.mem_gb is not None else []
+    words += ["--minutes", str(options.timeout_min)]
+    return shlex.join(words)
+
+
+def submission(options: Options, context: Context, name: str) -> Submission:
+    """The submission of a sweep's workers, which also writes their sbatch script.
+
+    Raises:
+        SweepError: there is no SLURM here, or an option cannot be used.
+    """
+    gpus = gpus_per_node(options, context)
+    cpus = options.cpus_per_task or math.ceil(slots_per_job(options, context) * context.spec.resources.cpus)
+    parameters: dict[str, Any] = {
+        "job_name": name,
+        "time": options.timeout_min,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "cpus_per_task": cpus,
+        "gpus_per_node": gpus or None,
+        "signal_delay_s": options.signal_delay_s,
+        "array_parallelism": options.array_parallelism,
+        "stderr_to_stdout": True,
+        "setup": options.setup or None,
+        "additional_parameters": {"requeue": True, **options.additional_parameters},
+        **{
+            key: getattr(options, key)
+            for key in ("partition", "account", "qos", "constraint", "exclude", "mem_gb")
+        },
+    }
+    given = {key: value for key, value in parameters.items() if value is not None}
+    return Submission(Path(context.spec.directory) / FOLDER, given)
+
+
+def last_words(directory: Path, worker: str) -> str:
+    """What a worker said last, for a message; empty if nothing."""
+    with contextlib.suppress(OSError):
+        lines = (
+            (directory / "workers" / worker / "worker.log").read_text(errors="replace").strip().splitlines()
+        )
+        if lines:
+            return f": {lines[-1][:300]}"
+    return ""
+
+
+_ALIVE = WorkerStatus(state=WorkerState.ALIVE)
+
+
+OPTIONS = Options
+EXECUTOR = SlurmExecutor
