@@ -275,7 +275,8 @@ def specify(
     objectives = _objectives(options.metric, options.direction)
     gpus = options.resources.gpus_per_trial
     if gpus is None:
-        gpus = 1.0 if machine.inspect().gpus else 0.0
+        elsewhere = "gpus_per_node" in options.executor  # then this machine's own do not count
+        gpus = 1.0 if (options.executor.gpus_per_node if elsewhere else machine.inspect().gpus) else 0.0
     return SweepSpec(
         sweep_id=uuid.uuid4().hex,
         name=name,
