@@ -23,7 +23,8 @@ format: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python -m benchmarks --output docs/benchmarks.md
+	$(BIN)/python -m benchmarks --only launching --output docs/benchmarks.md
+	$(BIN)/python -m benchmarks --only search --output docs/benchmarks-search.md
 
 faults: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/faults --long --figures docs/reliability.md

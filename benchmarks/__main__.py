@@ -29,6 +29,10 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "search_quality": quality.quality,
     "search_asha": asha.asha,
 }
+GROUPS: dict[str, tuple[str, ...]] = {
+    "launching": ("startup", "compose", "noop", "sleep", "slow_server"),
+    "search": ("search_slots", "search_handout", "search_quality", "search_asha"),
+}
 _PACKAGES = (
     "repro-sweep",
     "hydra-core",
@@ -45,7 +49,9 @@ _PACKAGES = (
 def main() -> int:
     """Run what the command line asks for; returns the exit status: 1 if a target is missed, 2 if one did not run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="this one (may be repeated)")
+    parser.add_argument(
+        "--only", action="append", choices=(*GROUPS, *BENCHMARKS), help="this one, or group (may be repeated)"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that all of it runs")
     parser.add_argument("--output", type=Path, help="the Markdown file to write")
     parser.add_argument("--no-check", action="store_true", help="a missed target is no error")
@@ -53,7 +59,7 @@ def main() -> int:
     head = _head(quick=args.quick)
     print(head, flush=True)
     sections, missed, broken = [head], 0, 0
-    for name in args.only or BENCHMARKS:
+    for name in [name for only in args.only or GROUPS for name in GROUPS.get(only, (only,))]:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-", ignore_cleanup_errors=True) as folder:
             try:

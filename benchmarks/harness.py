@@ -160,8 +160,8 @@ class Project:
                 if time.time() - began > TIMEOUT_S:
                     raise self._failed("not over in time")
                 peak = max(peak, _peak_rss_mb(process.pid))
-                begun, open_trials = self._look()
-                if begun and (only_start or (open_trials == 0 and not upload)):
+                begun, over = self._look()
+                if begun and (only_start or (over == trials and not upload)):
                     process.send_signal(signal.SIGINT)  # the first drains, later ones stop
                     time.sleep(2.0)
                 time.sleep(_POLL_S)
@@ -182,14 +182,14 @@ class Project:
         )
 
     def _look(self) -> tuple[int, int]:
-        """How many attempts have started, and how many trials are not over."""
+        """How many attempts have started, and how many trials are over."""
         try:
             with contextlib.closing(_read_only(self._ledger)) as db:
                 started = db.execute("SELECT count(*) FROM attempts").fetchone()[0]
-                left = db.execute(
-                    "SELECT count(*) FROM trials WHERE state IN ('WAITING', 'RUNNING')"
+                over = db.execute(
+                    "SELECT count(*) FROM trials WHERE state NOT IN ('WAITING', 'RUNNING')"
                 ).fetchone()[0]
-                return int(started), int(left)
+                return int(started), int(over)
         except sqlite3.OperationalError:
             return 0, 0  # not there yet
 

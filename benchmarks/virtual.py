@@ -211,7 +211,7 @@ class _Asker:
         answer = self._suggester.ask(number, new=new)
         if answer.error is not None:
             raise AssertionError(answer.error)
-        return Asked(steps=answer.steps, trials=answer.trials, over=answer.over)
+        return Asked(steps=answer.steps, trials=answer.trials, again=answer.again, over=answer.over)
 
     def tell(self, seq: int, number: int, state: TrialState, metrics: Mapping[str, float]) -> None:
         self._suggester.tell(seq, number, state, metrics)
@@ -224,14 +224,14 @@ class _Memory:
         self.params: dict[int, Mapping[str, object]] = {}
         self.search_over: str | None = None
         self.withdrawn: list[int] = []
+        self.search_hours = 0.0
         self._seq = 0
 
     def next_number(self) -> int:
         return 0
 
-    def meta(self, key: str) -> str | None:
-        del key
-        return None
+    def ended_before_search(self) -> dict[int, Any]:
+        return {}
 
     def steps(self) -> list[Any]:
         return []
@@ -244,8 +244,8 @@ class _Memory:
         self._seq += 1
         return self._seq
 
-    def set_meta(self, key: str, value: str) -> None:
-        """Nobody reads it again."""
+    def set_search_hours(self, hours: float) -> None:
+        self.search_hours = hours
 
     def set_search_over(self, why: str | None) -> None:
         self.search_over = why

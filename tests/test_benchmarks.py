@@ -66,6 +66,7 @@ def test_a_missed_target_is_the_exit_status(
     value: float, options: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "BENCHMARKS", {"noop": lambda _folder, *, quick: table(value, 15.0)})
+    monkeypatch.setattr(command, "GROUPS", {"one": ("noop",)})
     report = tmp_path / "docs/report.md"
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--output", str(report), *options])
     assert command.main() == status

@@ -73,6 +73,42 @@ def test_a_search_with_one_slot_suggests_the_same_however_often_it_was_killed(
     assert executions(project) == Counter(str(number) for number in range(trials))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("sweep/sampler=nsgaii", "sweep.sampler.population_size=6"),
+        ("sweep/repeats_pruner=median", "+sweep.repeats.seed='range(2)'"),
+    ],
+    ids=["a sampler that remembers", "repeats that are pruned"],
+)
+def test_so_does_one_whose_state_is_more_than_its_trials(
+    make_project: Callable[..., Project], rng: random.Random, size: Size, options: tuple[str, ...]
+) -> None:
+    trials, kills = size(14, 120), size(3, 40)
+    undisturbed, project = make_project(FILES, name="undisturbed"), make_project(FILES)
+    arguments = (*command(1, trials), *options)
+    assert undisturbed.run(*arguments).returncode == 0
+    found = killed_at_random(project, arguments, kills, rng, span_s=2.5)
+    assert found.values() == searched(undisturbed).values()
+    assert executions(project) == Counter(str(trial.number) for trial in found.trials)
+    assert project.run("replay", "search").returncode == 0
+
+
+def test_a_search_whose_trials_are_pruned_replays_however_often_it_was_killed(
+    make_project: Callable[..., Project], rng: random.Random, size: Size
+) -> None:
+    """A trial that runs while there is no coordinator is not pruned, so what is found may differ."""
+    trials, kills = size(30, 150), size(3, 40)
+    project = make_project(FILES)
+    arguments = (*command(4, trials), "sweep/pruner=median", "steps=6")
+    found = killed_at_random(project, arguments, kills, rng, span_s=1.5)
+    assert found.count(TrialState.COMPLETE) + found.count(TrialState.PRUNED) == len(found.trials) == trials
+    assert found.count(TrialState.PRUNED) > 0
+    assert executions(project) == Counter(str(number) for number in range(trials))
+    replayed = project.run("replay", "search")
+    assert replayed.returncode == 0, replayed.stderr
+
+
 def test_a_search_with_four_slots_replays_however_often_it_was_killed(
     make_project: Callable[..., Project], rng: random.Random, size: Size, figures: Callable[..., None]
 ) -> None:

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+INTERRUPTED = 130
+"""The exit status of a command that was stopped."""
 COMMANDS = {
     "plan": "the trials that a sweep would run, without starting anything",
     "status": "how a sweep is, running or not: what runs, waits and failed where",

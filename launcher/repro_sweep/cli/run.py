@@ -10,10 +10,9 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from repro_sweep import task
-from repro_sweep.cli import optuna_results, session
+from repro_sweep.cli import optuna_results
 from repro_sweep.cli import plan as planning
-from repro_sweep.cli.main import fail, say
-from repro_sweep.cli.session import INTERRUPTED
+from repro_sweep.cli.main import INTERRUPTED, fail, say
 from repro_sweep.cli.sweep import command_line, named_by_sweep
 from repro_sweep.errors import ReproSweepError, SweepError
 from repro_sweep.ledger import FILE_NAME, Ledger
@@ -60,6 +59,9 @@ def run(submission: Submission) -> int:
             _say_what_is_done(submission)
         else:
             _say_what_is_known(submission)
+
+    # it needs FastAPI, for which what is refused, or only shown, need not wait
+    from repro_sweep.cli import session
 
     code = session.run(ledger, spec.name, record)
     if submission.for_optuna_sweeper:

@@ -10,7 +10,7 @@ from pathlib import Path
 from repro_sweep import protocol
 from repro_sweep.asking import AskingProcess
 from repro_sweep.cli.display import Display
-from repro_sweep.cli.main import say
+from repro_sweep.cli.main import INTERRUPTED, say
 from repro_sweep.cli.reporting import write_report
 from repro_sweep.cli.reusing import reusing
 from repro_sweep.cli.summary import summarise
@@ -23,7 +23,6 @@ from repro_sweep.ledger import Ledger
 from repro_sweep.server import Server
 from repro_sweep.tracking.process import TrackerProcess
 
-INTERRUPTED = 130
 _HURRY_S = 10.0
 
 
