@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import subprocess
 from dataclasses import dataclass
 
 _COMMAND_S = 60.0
+_SHORT_S = 5.0
+_DEFAULT_ARRAY = 1001
 ALIVE = frozenset(
     {
         "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD",
@@ -59,11 +62,18 @@ def accounted(text: str) -> list[Job]:
     return found
 
 
-def ask(*command: str) -> str | None:
-    """What one of SLURM's commands says; None where it fails or does not answer."""
+def largest_array() -> int:
+    """How many tasks a job array may have here: SLURM's default where the controller does not say."""
+    text = ask("scontrol", "show", "config", timeout_s=_SHORT_S) or ""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
+    return max(1, int(found[1]) if found else _DEFAULT_ARRAY)  # the largest index is one less
+
+
+def ask(*command: str, timeout_s: float = _COMMAND_S) -> str | None:
+    """What one of SLURM's commands says; None where it fails or does not answer in time."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_COMMAND_S, check=False, stdin=subprocess.DEVNULL,
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL,
             env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -40,6 +40,7 @@ _COMMAND_S = 60.0
 _SURE_AFTER = 2
 """So many answers of squeue without a job mean that it is gone, where accounting cannot tell."""
 _STARTS_WITHIN_S = 30.0
+_LEAVE_S = 5.0
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
@@ -79,7 +80,11 @@ class Options:
 
 @dataclass(slots=True)
 class _Batch:
-    """Jobs that are submitted together: an array of ``count`` workers, found by its name; ``job`` is its id."""
+    """Jobs that are submitted together: an array of ``count`` workers, found by its name; ``job`` is its id.
+
+    ``earlier``: another coordinator has submitted them, and this one has not looked at them yet: what the user has cancelled
+    before counts no more.
+    """
 
     ident: str
     count: int
@@ -87,6 +92,7 @@ class _Batch:
     submitted_at: float
     job: str | None = None
     unseen: int = 0
+    earlier: bool = False
     statuses: dict[int, WorkerStatus] = field(default_factory=dict)
 
     def worker(self, index: int) -> str:
@@ -118,6 +124,7 @@ class SlurmExecutor(Executor):
         self._failed: SweepError | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._most: int | None = None
         if self._batches:
             self._serve()
 
@@ -134,6 +141,13 @@ class SlurmExecutor(Executor):
         """Submit jobs; returns at once, and their submission may fail later."""
         if self._failed is not None:
             raise self._failed
+        if self._most is None:
+            self._most = jobs.largest_array() if count > 1 else None
+        most = self._most or count
+        sizes = [min(most, count - begun) for begun in range(0, count, most)]
+        return [worker for size in sizes for worker in self._start(size)]
+
+    def _start(self, count: int) -> list[str]:
         ident = uuid.uuid4().hex[:10]
         name = f"{_UNSAFE.sub('-', self._context.spec.name)}.{ident}"
         batch = _Batch(ident=ident, count=count, name=name, submitted_at=time.time())
@@ -167,19 +181,31 @@ class SlurmExecutor(Executor):
             self._serve()
 
     def close(self, timeout_s: float) -> None:
-        """Cancel all jobs and wait until they have ended; those that do not in time get SIGKILL from SLURM itself."""
-        with contextlib.suppress(SweepError):
-            self.stop(self.poll())
+        """Give workers that leave by themselves a moment, cancel the other jobs, and wait until all have ended.
+
+        Those that do not in time get SIGKILL from SLURM itself.
+        """
         self._closing = True
-        self._orders.put(("look", None))
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and self._failed is None:
-            if all(status.state is not WorkerState.ALIVE for status in self.poll().values()):
-                break
-            time.sleep(0.05)
+        if self._batches and self._failed is None:
+            self._orders.put(("look", None))
+            self._serve()
+            if not self._ended_before(min(deadline, time.monotonic() + _LEAVE_S)):
+                with contextlib.suppress(SweepError):
+                    self.stop(self.poll())
+                self._ended_before(deadline)
         self._orders.put(("end", None))
         if self._thread is not None:
             self._thread.join(timeout=_COMMAND_S)
+
+    def _ended_before(self, deadline: float) -> bool:
+        while self._failed is None and any(
+            status.state is WorkerState.ALIVE for status in self.poll().values()
+        ):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     # --- the thread that speaks with SLURM -------------------------------------------------------------------
 
@@ -286,7 +312,9 @@ class SlurmExecutor(Executor):
                 continue
             known = True
             batch.job = batch.job or each.array
-            batch.statuses[index] = self._status(batch.worker(index), each)
+            known_end = batch.earlier or batch.worker(index) in self._cancelled
+            batch.statuses[index] = self._status(batch.worker(index), each, cancelled_by_us=known_end)
+        batch.earlier = False
         missing = [index for index in self._left(batch) if (batch.name, index) not in seen]
         batch.unseen = 0 if known or not missing else batch.unseen + 1
         if missing and batch.unseen >= _SURE_AFTER and time.time() > batch.submitted_at + _STARTS_WITHIN_S:
@@ -295,14 +323,14 @@ class SlurmExecutor(Executor):
             )
             batch.statuses |= dict.fromkeys(missing, gone)
 
-    def _status(self, worker: str, seen: jobs.Job) -> WorkerStatus:
+    def _status(self, worker: str, seen: jobs.Job, *, cancelled_by_us: bool) -> WorkerStatus:
         if seen.state in jobs.ALIVE:
             return _ALIVE
         cause = Cause.OWN
         if seen.state in jobs.EVICTED:
             cause = Cause.EVICTED
         elif seen.state == "CANCELLED":
-            cause = Cause.EVICTED if worker in self._cancelled else Cause.CANCELLED
+            cause = Cause.EVICTED if cancelled_by_us else Cause.CANCELLED
         detail = f"ended as {seen.state} (job {seen.array}{f'_{seen.index}' if seen.index else ''})"
         if cause is Cause.OWN and seen.state != "COMPLETED":
             detail += last_words(Path(self._context.spec.directory), worker)
@@ -312,7 +340,7 @@ class SlurmExecutor(Executor):
         """The jobs that an earlier coordinator of the sweep has submitted."""
         for path in sorted(self._folder.glob("*.json")):
             try:
-                yield _Batch(**json.loads(path.read_text()))
+                yield _Batch(**json.loads(path.read_text()), earlier=True)
             except (OSError, ValueError, TypeError):
                 log.warning("%s cannot be read", path)
 

@@ -29,7 +29,7 @@ from repro_sweep.worker.client import CoordinatorLostError
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.nursery import Nursery
 from repro_sweep.worker.outbox import Answer, Outbox
-from repro_sweep.worker.wire import STACKS_SIGNAL
+from repro_sweep.worker.wire import LEAVE_SIGNAL, STACKS_SIGNAL
 
 HEARTBEAT_S = 1.0
 _FLUSH_S = 0.25
@@ -37,8 +37,6 @@ _LOOK_S = 0.1
 _IDLE_S = 0.5
 _END_S = 10.0
 _FIRST_JOIN_S = 60.0
-LEAVE_SIGNAL = signal.SIGUSR2
-"""Says that the worker's time is nearly over: what submitit lets Slurm send before a time limit."""
 _GRACE_S = 60.0
 _LEAST_GRACE_S = 2.0
 
