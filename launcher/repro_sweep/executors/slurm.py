@@ -82,8 +82,8 @@ class Options:
 class _Batch:
     """Jobs that are submitted together: an array of ``count`` workers, found by its name; ``job`` is its id.
 
-    ``earlier``: another coordinator has submitted them, and this one has not looked at them yet: what the user has cancelled
-    before counts no more.
+    ``earlier``: another coordinator has submitted them, and this one has not looked at them yet: what the user has
+    cancelled before counts no more.
     """
 
     ident: str
