@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repro_sweep import jobs
+from repro_sweep import cluster, jobs
 from repro_sweep.errors import SweepError
-from repro_sweep.executors.base import Cause, Context, Executor, WorkerState, WorkerStatus
+from repro_sweep.executors.base import Cause, Context, Executor, Outlook, WorkerState, WorkerStatus
 from repro_sweep.spool import write_file
 from repro_sweep.submitting import Submission, UnansweredError
 
@@ -41,6 +41,7 @@ _SURE_AFTER = 2
 """So many answers of squeue without a job mean that it is gone, where accounting cannot tell."""
 _STARTS_WITHIN_S = 30.0
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_GPUS = re.compile(r"(?:[\w.-]+:)?[0-9]+")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,12 @@ log = logging.getLogger(__name__)
 class Options:
     """The names are those of hydra-submitit-launcher and submitit, where these have one.
 
-    Each of up to ``workers`` jobs has a node's ``gpus_per_node`` GPUs, ``cpus_per_task`` CPUs and ``mem_gb`` GiB for
-    ``timeout_min`` minutes. ``slots``: trials at a time in a job; null: as many as its GPUs, or else its CPUs, have
-    room for. ``expected_trial_min``: how long a trial takes, before any has ended. ``signal_delay_s``: how long
-    before its time limit a worker interrupts its trials. ``poll_s``: how long between two looks at the queue. ``host``:
-    the name or address at which the workers reach this machine; null: its own.
+    Each of up to ``workers`` jobs has a node's ``gpus_per_node`` GPUs (``2``, or with a type ``a100:2``),
+    ``cpus_per_task`` CPUs and ``mem_gb`` GiB for ``timeout_min`` minutes. ``slots``: trials at a time in a job; null:
+    as many as its GPUs, or else its CPUs, have room for. ``expected_trial_min``: how long a trial takes, before any has
+    ended. ``signal_delay_s``: how long before its time limit a worker interrupts its trials. ``poll_s``: how long
+    between two looks at the queue. ``host``: the name or address at which the workers reach this machine; null: its
+    own.
     """
 
     workers: int = 1
@@ -62,7 +64,7 @@ class Options:
     account: str | None = None
     qos: str | None = None
     timeout_min: int = 60
-    gpus_per_node: int | None = None
+    gpus_per_node: int | str | None = None
     cpus_per_task: int | None = None
     mem_gb: float | None = None
     constraint: str | None = None
@@ -125,6 +127,22 @@ class SlurmExecutor(Executor):
         """Jobs, slots and partition."""
         where = f", partition {self._options.partition}" if self._options.partition else ""
         return f"up to {self._options.workers} SLURM jobs with {self._slots} slots each{where}"
+
+    def outlook(self, trials: int) -> Outlook:
+        """The job script, and what the cluster says of it."""
+        missing = cluster.missing_commands()
+        if missing:
+            names = ", ".join(missing)
+            return Outlook(
+                problems=(f"sweep/executor=slurm: there is no SLURM on this machine ({names} not on PATH)",)
+            )
+        count = max(1, self.wanted(trials))
+        name = f"{_UNSAFE.sub('-', self._context.spec.name)}.{'x' * 10}"
+        script = submission(self._options, self._context, name).script(
+            worker_command(self._options, self._context, "x" * 10), count
+        )
+        found = cluster.inspect(wish(self._options, self._context, count), script)
+        return Outlook(problems=found.problems, notes=found.notes, script=script)
 
     def wanted(self, trials: int) -> int:
         """As many jobs as have enough slots, and not more than ``workers``."""
@@ -330,7 +348,23 @@ def slots_per_job(options: Options, context: Context) -> int:
 
 def gpus_per_node(options: Options, context: Context) -> int:
     """GPUs of a job: what is asked for, else what one trial needs."""
-    return math.ceil(context.spec.resources.gpus) if options.gpus_per_node is None else options.gpus_per_node
+    given = options.gpus_per_node
+    return math.ceil(context.spec.resources.gpus) if given is None else int(str(given).rpartition(":")[2])
+
+
+def wish(options: Options, context: Context, count: int) -> cluster.Wish:
+    """What ``count`` jobs ask the cluster for."""
+    kind = str(options.gpus_per_node).rpartition(":")[0] if options.gpus_per_node is not None else ""
+    return cluster.Wish(
+        jobs=count, minutes=options.timeout_min, gpus=gpus_per_node(options, context), gpu_type=kind or None,
+        cpus=cpus_per_job(options, context), mem_gb=options.mem_gb, partition=options.partition,
+        account=options.account, qos=options.qos, constraint=options.constraint,
+    )  # fmt: skip
+
+
+def cpus_per_job(options: Options, context: Context) -> int:
+    """CPUs of a job: what is asked for, else what its slots need."""
+    return options.cpus_per_task or math.ceil(slots_per_job(options, context) * context.spec.resources.cpus)
 
 
 def check_options(options: Options, context: Context) -> None:
@@ -350,6 +384,11 @@ def check_options(options: Options, context: Context) -> None:
     for where, text in _texts(options):
         if _CONTROL.search(text):
             raise SweepError(f"{where}: must have no control characters, got {text!r}")
+    if not _GPUS.fullmatch(str(options.gpus_per_node or 0)):
+        raise SweepError(
+            f"{_WHERE}.gpus_per_node: must be a number, or a type and a number like a100:2,"
+            f" got {options.gpus_per_node!r}"
+        )
     if options.signal_delay_s >= 60 * options.timeout_min:
         raise SweepError(
             f"{_WHERE}.signal_delay_s: must be less than timeout_min, got {options.signal_delay_s} s"
@@ -390,23 +429,20 @@ def submission(options: Options, context: Context, name: str) -> Submission:
         SweepError: there is no SLURM here, or an option cannot be used.
     """
     gpus = gpus_per_node(options, context)
-    cpus = options.cpus_per_task or math.ceil(slots_per_job(options, context) * context.spec.resources.cpus)
     parameters: dict[str, Any] = {
         "job_name": name,
         "time": options.timeout_min,
         "nodes": 1,
         "ntasks_per_node": 1,
-        "cpus_per_task": cpus,
-        "gpus_per_node": gpus or None,
+        "cpus_per_task": cpus_per_job(options, context),
+        "gpus_per_node": (options.gpus_per_node or gpus) if gpus else None,
+        "mem": None if options.mem_gb is None else f"{math.ceil(1024 * options.mem_gb)}M",
         "signal_delay_s": options.signal_delay_s,
         "array_parallelism": options.array_parallelism,
         "stderr_to_stdout": True,
         "setup": options.setup or None,
         "additional_parameters": {"requeue": True, **options.additional_parameters},
-        **{
-            key: getattr(options, key)
-            for key in ("partition", "account", "qos", "constraint", "exclude", "mem_gb")
-        },
+        **{key: getattr(options, key) for key in ("partition", "account", "qos", "constraint", "exclude")},
     }
     given = {key: value for key, value in parameters.items() if value is not None}
     return Submission(Path(context.spec.directory) / FOLDER, given)
