@@ -110,4 +110,5 @@ def _resources(submission: Submission) -> str:
     parts = [f"{resources.cpus:g} CPUs", f"{resources.gpus:g} GPUs"]
     if resources.mem_gb is not None:
         parts.append(f"{resources.mem_gb:g} GB")
-    return ", ".join(parts) + " a trial"
+    text = ", ".join(parts)
+    return f"{resources.nodes} nodes a trial, each with {text}" if resources.nodes > 1 else f"{text} a trial"

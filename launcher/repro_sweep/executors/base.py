@@ -145,6 +145,11 @@ def host(spec: SweepSpec) -> str | None:
     return "*" if given is None else str(given)
 
 
+def spans_nodes(name: str) -> bool:
+    """Whether the workers of an executor may have several nodes each."""
+    return bool(getattr(load(name), "SPANS_NODES", False))
+
+
 def options() -> dict[str, type]:
     """The options dataclass of every executor, by name."""
     return {name: load(name).OPTIONS for name in _names()}

@@ -33,6 +33,8 @@ from repro_sweep.submitting import Submission, UnansweredError
 
 REMOTE = True
 """Its workers come over TCP."""
+SPANS_NODES = True
+"""A job may have several nodes, all for one trial."""
 FOLDER = "slurm"
 _WORKER = "repro_sweep.worker.slurm"
 _WHERE = "sweep.executor"
@@ -126,7 +128,9 @@ class SlurmExecutor(Executor):
     def describe(self) -> str:
         """Jobs, slots and partition."""
         where = f", partition {self._options.partition}" if self._options.partition else ""
-        return f"up to {self._options.workers} SLURM jobs with {self._slots} slots each{where}"
+        nodes = self._context.spec.resources.nodes
+        each = f"{nodes} nodes for one trial" if nodes > 1 else f"{self._slots} slots"
+        return f"up to {self._options.workers} SLURM jobs with {each} each{where}"
 
     def outlook(self, trials: int) -> Outlook:
         """The job script, and what the cluster says of it."""
@@ -338,11 +342,19 @@ class SlurmExecutor(Executor):
 def slots_per_job(options: Options, context: Context) -> int:
     """How many trials run at a time in a job."""
     resources = context.spec.resources
+    if resources.nodes > 1 and options.slots not in (None, 1):
+        raise SweepError(
+            f"{_WHERE}.slots: must be 1 where a trial has several nodes"
+            f" (sweep.resources.nodes_per_trial is {resources.nodes}), got {options.slots}"
+        )
     if options.slots is not None:
         return options.slots
     if resources.gpus > 0:
         gpus = gpus_per_node(options, context)
-        return gpus * int(1 / resources.gpus + 1e-9) if resources.gpus < 1 else gpus // int(resources.gpus)
+        slots = gpus * int(1 / resources.gpus + 1e-9) if resources.gpus < 1 else gpus // int(resources.gpus)
+        return min(1, slots) if resources.nodes > 1 else slots
+    if resources.nodes > 1:
+        return 1
     return max(1, int((options.cpus_per_task or resources.cpus) / resources.cpus + 1e-9))
 
 
@@ -356,9 +368,10 @@ def wish(options: Options, context: Context, count: int) -> cluster.Wish:
     """What ``count`` jobs ask the cluster for."""
     kind = str(options.gpus_per_node).rpartition(":")[0] if options.gpus_per_node is not None else ""
     return cluster.Wish(
-        jobs=count, minutes=options.timeout_min, gpus=gpus_per_node(options, context), gpu_type=kind or None,
-        cpus=cpus_per_job(options, context), mem_gb=options.mem_gb, partition=options.partition,
-        account=options.account, qos=options.qos, constraint=options.constraint,
+        jobs=count, nodes=context.spec.resources.nodes, minutes=options.timeout_min,
+        gpus=gpus_per_node(options, context), gpu_type=kind or None, cpus=cpus_per_job(options, context),
+        mem_gb=options.mem_gb, partition=options.partition, account=options.account, qos=options.qos,
+        constraint=options.constraint,
     )  # fmt: skip
 
 
@@ -419,6 +432,10 @@ def worker_command(options: Options, context: Context, batch: str) -> str:
     words += ["--slots", str(options.slots)] if options.slots is not None else []
     words += ["--mem-gb", f"{resources.mem_gb:g}"] if resources.mem_gb is not None else []
     words += ["--minutes", str(options.timeout_min)]
+    # the agent of several nodes starts steps of the job itself, so it is the batch script's only process
+    words = (
+        ["exec", *words, "--nodes", str(resources.nodes), "--slots", "1"] if resources.nodes > 1 else words
+    )
     return shlex.join(words)
 
 
@@ -429,10 +446,14 @@ def submission(options: Options, context: Context, name: str) -> Submission:
         SweepError: there is no SLURM here, or an option cannot be used.
     """
     gpus = gpus_per_node(options, context)
+    nodes = context.spec.resources.nodes
+    # without B: all steps would get it, and not the agent
+    signal = {"signal": f"B:USR2@{options.signal_delay_s}"} if nodes > 1 else {}
     parameters: dict[str, Any] = {
         "job_name": name,
         "time": options.timeout_min,
-        "nodes": 1,
+        "nodes": nodes,
+        "use_srun": nodes == 1,
         "ntasks_per_node": 1,
         "cpus_per_task": cpus_per_job(options, context),
         "gpus_per_node": (options.gpus_per_node or gpus) if gpus else None,
@@ -441,7 +462,7 @@ def submission(options: Options, context: Context, name: str) -> Submission:
         "array_parallelism": options.array_parallelism,
         "stderr_to_stdout": True,
         "setup": options.setup or None,
-        "additional_parameters": {"requeue": True, **options.additional_parameters},
+        "additional_parameters": {"requeue": True, **signal, **options.additional_parameters},
         **{key: getattr(options, key) for key in ("partition", "account", "qos", "constraint", "exclude")},
     }
     given = {key: value for key, value in parameters.items() if value is not None}
