@@ -289,6 +289,7 @@ def specify(
             mem_gb=None
             if options.resources.mem_gb_per_trial is None
             else _positive(options.resources.mem_gb_per_trial, "sweep.resources.mem_gb_per_trial"),
+            nodes=_nodes(options.resources.nodes_per_trial, str(choices.get("sweep/executor") or "local")),
         ),
         tracking=Tracking(
             uri=resolve_uri(options.tracking.uri, cwd, os.environ),
@@ -494,6 +495,18 @@ def _not_negative(value: _Number, where: str) -> _Number:
     if value is not None and value < 0:
         raise SweepError(f"{where}: must be at least 0, got {value}")
     return value
+
+
+def _nodes(nodes: int, executor: str) -> int:
+    if nodes < 1:
+        raise SweepError(f"sweep.resources.nodes_per_trial: must be at least 1, got {nodes}")
+    able = [name for name in sorted(executors.options()) if executors.spans_nodes(name)]
+    if nodes > 1 and executor not in able:
+        raise SweepError(
+            f"sweep.resources.nodes_per_trial: {nodes} nodes need sweep/executor={' or '.join(able)},"
+            f" this sweep has sweep/executor={executor}"
+        )
+    return nodes
 
 
 def _gpu_share(gpus: float) -> float:

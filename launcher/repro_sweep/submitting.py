@@ -34,7 +34,7 @@ class Submission:
     def __init__(self, folder: Path, parameters: dict[str, Any]) -> None:
         import submitit
 
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder = folder
         try:
             self._executor = submitit.SlurmExecutor(folder, max_num_timeout=0)
             self._executor.update_parameters(**parameters)
@@ -56,6 +56,7 @@ class Submission:
         """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             return str(self._prepared(count)._submit_command(command).job_id)
         except FailedSubmissionError as error:

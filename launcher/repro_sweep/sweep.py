@@ -62,11 +62,15 @@ class Composition(Record):
 
 
 class Resources(Record):
-    """What one trial is given. ``gpus`` may be a fraction (several trials on one GPU); memory is in GB."""
+    """What one trial is given on each of its ``nodes``.
+
+    ``gpus`` may be a fraction (several trials on one GPU); memory is in GB.
+    """
 
     cpus: float = 1.0
     gpus: float = 0.0
     mem_gb: float | None = None
+    nodes: int = 1
 
     @property
     def threads(self) -> int:

@@ -53,7 +53,7 @@ def run(submission: Submission) -> int:
 
     def record(ledger: Ledger) -> None:
         submission.record(ledger)
-        for notice in submission.notices:
+        for notice in (*submission.notices, *submission.outlook.notes):
             say(notice)
         if spec.search is None:
             _say_what_is_done(submission)

@@ -59,6 +59,18 @@ class Context:
     socket: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What would become of a sweep's workers, before any is started; one line each.
+
+    ``problems`` would keep them from ever running, ``notes`` are worth knowing, ``script`` is what starts them.
+    """
+
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    script: str = ""
+
+
 class Executor(ABC):
     """Starts and stops workers.
 
@@ -68,6 +80,11 @@ class Executor(ABC):
     def describe(self) -> str:
         """What it offers, in a few words, for ``repro-sweep plan``."""
         return type(self).__name__
+
+    def outlook(self, trials: int) -> Outlook:
+        """Ask whatever runs the workers whether it can, for so many trials; takes seconds at most, starts nothing."""
+        del trials
+        return Outlook()
 
     @abstractmethod
     def wanted(self, trials: int) -> int:
@@ -126,6 +143,11 @@ def host(spec: SweepSpec) -> str | None:
         return None
     given = spec.executor.get("host")
     return "*" if given is None else str(given)
+
+
+def spans_nodes(name: str) -> bool:
+    """Whether the workers of an executor may have several nodes each."""
+    return bool(getattr(load(name), "SPANS_NODES", False))
 
 
 def options() -> dict[str, type]:

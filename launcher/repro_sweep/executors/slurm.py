@@ -25,14 +25,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repro_sweep import jobs
+from repro_sweep import cluster, jobs
 from repro_sweep.errors import SweepError
-from repro_sweep.executors.base import Cause, Context, Executor, WorkerState, WorkerStatus
+from repro_sweep.executors.base import Cause, Context, Executor, Outlook, WorkerState, WorkerStatus
 from repro_sweep.spool import write_file
 from repro_sweep.submitting import Submission, UnansweredError
 
 REMOTE = True
 """Its workers come over TCP."""
+SPANS_NODES = True
+"""A job may have several nodes, all for one trial."""
 FOLDER = "slurm"
 _WORKER = "repro_sweep.worker.slurm"
 _WHERE = "sweep.executor"
@@ -42,6 +44,7 @@ _SURE_AFTER = 2
 _STARTS_WITHIN_S = 30.0
 _LEAVE_S = 5.0
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_GPUS = re.compile(r"(?:[\w.-]+:)?[0-9]+")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 log = logging.getLogger(__name__)
@@ -51,11 +54,12 @@ log = logging.getLogger(__name__)
 class Options:
     """The names are those of hydra-submitit-launcher and submitit, where these have one.
 
-    Each of up to ``workers`` jobs has a node's ``gpus_per_node`` GPUs, ``cpus_per_task`` CPUs and ``mem_gb`` GiB for
-    ``timeout_min`` minutes. ``slots``: trials at a time in a job; null: as many as its GPUs, or else its CPUs, have
-    room for. ``expected_trial_min``: how long a trial takes, before any has ended. ``signal_delay_s``: how long
-    before its time limit a worker interrupts its trials. ``poll_s``: how long between two looks at the queue. ``host``:
-    the name or address at which the workers reach this machine; null: its own.
+    Each of up to ``workers`` jobs has a node's ``gpus_per_node`` GPUs (``2``, or with a type ``a100:2``),
+    ``cpus_per_task`` CPUs and ``mem_gb`` GiB for ``timeout_min`` minutes. ``slots``: trials at a time in a job; null:
+    as many as its GPUs, or else its CPUs, have room for. ``expected_trial_min``: how long a trial takes, before any has
+    ended. ``signal_delay_s``: how long before its time limit a worker interrupts its trials. ``poll_s``: how long
+    between two looks at the queue. ``host``: the name or address at which the workers reach this machine; null: its
+    own.
     """
 
     workers: int = 1
@@ -63,7 +67,7 @@ class Options:
     account: str | None = None
     qos: str | None = None
     timeout_min: int = 60
-    gpus_per_node: int | None = None
+    gpus_per_node: int | str | None = None
     cpus_per_task: int | None = None
     mem_gb: float | None = None
     constraint: str | None = None
@@ -131,7 +135,25 @@ class SlurmExecutor(Executor):
     def describe(self) -> str:
         """Jobs, slots and partition."""
         where = f", partition {self._options.partition}" if self._options.partition else ""
-        return f"up to {self._options.workers} SLURM jobs with {self._slots} slots each{where}"
+        nodes = self._context.spec.resources.nodes
+        each = f"{nodes} nodes for one trial" if nodes > 1 else f"{self._slots} slots"
+        return f"up to {self._options.workers} SLURM jobs with {each} each{where}"
+
+    def outlook(self, trials: int) -> Outlook:
+        """The job script, and what the cluster says of it."""
+        missing = cluster.missing_commands()
+        if missing:
+            names = ", ".join(missing)
+            return Outlook(
+                problems=(f"sweep/executor=slurm: there is no SLURM on this machine ({names} not on PATH)",)
+            )
+        count = max(1, self.wanted(trials))
+        name = f"{_UNSAFE.sub('-', self._context.spec.name)}.{'x' * 10}"
+        script = submission(self._options, self._context, name).script(
+            worker_command(self._options, self._context, "x" * 10), count
+        )
+        found = cluster.inspect(wish(self._options, self._context, count), script)
+        return Outlook(problems=found.problems, notes=found.notes, script=script)
 
     def wanted(self, trials: int) -> int:
         """As many jobs as have enough slots, and not more than ``workers``."""
@@ -348,17 +370,42 @@ class SlurmExecutor(Executor):
 def slots_per_job(options: Options, context: Context) -> int:
     """How many trials run at a time in a job."""
     resources = context.spec.resources
+    if resources.nodes > 1 and options.slots not in (None, 1):
+        raise SweepError(
+            f"{_WHERE}.slots: must be 1 where a trial has several nodes"
+            f" (sweep.resources.nodes_per_trial is {resources.nodes}), got {options.slots}"
+        )
     if options.slots is not None:
         return options.slots
     if resources.gpus > 0:
         gpus = gpus_per_node(options, context)
-        return gpus * int(1 / resources.gpus + 1e-9) if resources.gpus < 1 else gpus // int(resources.gpus)
+        slots = gpus * int(1 / resources.gpus + 1e-9) if resources.gpus < 1 else gpus // int(resources.gpus)
+        return min(1, slots) if resources.nodes > 1 else slots
+    if resources.nodes > 1:
+        return 1
     return max(1, int((options.cpus_per_task or resources.cpus) / resources.cpus + 1e-9))
 
 
 def gpus_per_node(options: Options, context: Context) -> int:
     """GPUs of a job: what is asked for, else what one trial needs."""
-    return math.ceil(context.spec.resources.gpus) if options.gpus_per_node is None else options.gpus_per_node
+    given = options.gpus_per_node
+    return math.ceil(context.spec.resources.gpus) if given is None else int(str(given).rpartition(":")[2])
+
+
+def wish(options: Options, context: Context, count: int) -> cluster.Wish:
+    """What ``count`` jobs ask the cluster for."""
+    kind = str(options.gpus_per_node).rpartition(":")[0] if options.gpus_per_node is not None else ""
+    return cluster.Wish(
+        jobs=count, nodes=context.spec.resources.nodes, minutes=options.timeout_min,
+        gpus=gpus_per_node(options, context), gpu_type=kind or None, cpus=cpus_per_job(options, context),
+        mem_gb=options.mem_gb, partition=options.partition, account=options.account, qos=options.qos,
+        constraint=options.constraint,
+    )  # fmt: skip
+
+
+def cpus_per_job(options: Options, context: Context) -> int:
+    """CPUs of a job: what is asked for, else what its slots need."""
+    return options.cpus_per_task or math.ceil(slots_per_job(options, context) * context.spec.resources.cpus)
 
 
 def check_options(options: Options, context: Context) -> None:
@@ -378,6 +425,11 @@ def check_options(options: Options, context: Context) -> None:
     for where, text in _texts(options):
         if _CONTROL.search(text):
             raise SweepError(f"{where}: must have no control characters, got {text!r}")
+    if not _GPUS.fullmatch(str(options.gpus_per_node or 0)):
+        raise SweepError(
+            f"{_WHERE}.gpus_per_node: must be a number, or a type and a number like a100:2,"
+            f" got {options.gpus_per_node!r}"
+        )
     if options.signal_delay_s >= 60 * options.timeout_min:
         raise SweepError(
             f"{_WHERE}.signal_delay_s: must be less than timeout_min, got {options.signal_delay_s} s"
@@ -408,6 +460,10 @@ def worker_command(options: Options, context: Context, batch: str) -> str:
     words += ["--slots", str(options.slots)] if options.slots is not None else []
     words += ["--mem-gb", f"{resources.mem_gb:g}"] if resources.mem_gb is not None else []
     words += ["--minutes", str(options.timeout_min)]
+    # the agent of several nodes starts steps of the job itself, so it is the batch script's only process
+    words = (
+        ["exec", *words, "--nodes", str(resources.nodes), "--slots", "1"] if resources.nodes > 1 else words
+    )
     return shlex.join(words)
 
 
@@ -418,23 +474,24 @@ def submission(options: Options, context: Context, name: str) -> Submission:
         SweepError: there is no SLURM here, or an option cannot be used.
     """
     gpus = gpus_per_node(options, context)
-    cpus = options.cpus_per_task or math.ceil(slots_per_job(options, context) * context.spec.resources.cpus)
+    nodes = context.spec.resources.nodes
+    # without B: all steps would get it, and not the agent
+    signal = {"signal": f"B:USR2@{options.signal_delay_s}"} if nodes > 1 else {}
     parameters: dict[str, Any] = {
         "job_name": name,
         "time": options.timeout_min,
-        "nodes": 1,
+        "nodes": nodes,
+        "use_srun": nodes == 1,
         "ntasks_per_node": 1,
-        "cpus_per_task": cpus,
-        "gpus_per_node": gpus or None,
+        "cpus_per_task": cpus_per_job(options, context),
+        "gpus_per_node": (options.gpus_per_node or gpus) if gpus else None,
+        "mem": None if options.mem_gb is None else f"{math.ceil(1024 * options.mem_gb)}M",
         "signal_delay_s": options.signal_delay_s,
         "array_parallelism": options.array_parallelism,
         "stderr_to_stdout": True,
         "setup": options.setup or None,
-        "additional_parameters": {"requeue": True, **options.additional_parameters},
-        **{
-            key: getattr(options, key)
-            for key in ("partition", "account", "qos", "constraint", "exclude", "mem_gb")
-        },
+        "additional_parameters": {"requeue": True, **signal, **options.additional_parameters},
+        **{key: getattr(options, key) for key in ("partition", "account", "qos", "constraint", "exclude")},
     }
     given = {key: value for key, value in parameters.items() if value is not None}
     return Submission(Path(context.spec.directory) / FOLDER, given)

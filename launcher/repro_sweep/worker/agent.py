@@ -24,11 +24,12 @@ from repro_sweep import protocol, spool
 from repro_sweep.errors import ProtocolError
 from repro_sweep.states import FailureKind
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.worker.attempt import Run, failure
+from repro_sweep.worker.attempt import Part, Run, failure
 from repro_sweep.worker.client import CoordinatorLostError
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.nursery import Nursery
 from repro_sweep.worker.outbox import Answer, Outbox
+from repro_sweep.worker.ranks import Ranks, Team
 from repro_sweep.worker.wire import LEAVE_SIGNAL, STACKS_SIGNAL
 
 HEARTBEAT_S = 1.0
@@ -52,6 +53,7 @@ class Agent:
         socket_path: where its coordinator listens; None: on another machine, over TCP (see ``link``).
         gpus: of each slot, the devices that its trials see.
         ends_at: when it must have left, in seconds of the monotonic clock; None: whenever it likes.
+        team: the nodes that its trials span, all of them; None: this one.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class Agent:
         gpus: Sequence[tuple[str, ...]],
         *,
         ends_at: float | None = None,
+        team: Team | None = None,
     ) -> None:
+        self._team = team
         self._ends_at = ends_at
         self._leave_at: float | None = None
         self._worker = worker
@@ -262,12 +266,23 @@ class Agent:
             claimed = self._link.post("/claim", claim, protocol.Claimed)
             if claimed.assignment is not None:
                 self._running[attempt] = Run(
-                    self, self._nursery, self._spec, claimed.assignment, self._gpus[slot]
+                    self,
+                    self._nursery,
+                    self._spec,
+                    claimed.assignment,
+                    self._gpus[slot],
+                    part=self._part(claimed.assignment),
                 )
         finally:
             self._claimed.discard(attempt)
         self._delivered(finished)
         return claimed
+
+    def _part(self, assignment: protocol.Assignment) -> Part | None:
+        if self._team is None:
+            return None
+        others = Ranks(self._team, self._spec_text, assignment)
+        return Part(0, others.environment, others)
 
     def _all_idle(self, slot: int) -> bool:
         """No trial will come; but if another slot still runs one, a new coordinator may have more."""
@@ -289,6 +304,9 @@ class Agent:
             log.exception("trial %d", assignment.trial)
             run.kill(FailureKind.EXCEPTION)
             result = failure(FailureKind.EXCEPTION, f"the worker failed: {error!r}")
+        if run.broken:
+            log.error("trial %d: %s: this worker leaves", assignment.trial, result.get("message"))
+            self._fail()
         return protocol.Finish(
             worker=self._worker,
             attempt=assignment.attempt,

@@ -11,18 +11,21 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from repro_sweep import protocol
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.worker import oom
+from repro_sweep.worker import oom, ranks
 from repro_sweep.worker.nursery import Child, Nursery
 from repro_sweep.worker.outbox import Answer
 from repro_sweep.worker.output import CappedLog
+from repro_sweep.worker.ranks import Ranks
 
-LOG_NAME = "trial.log"
+LOG_NAME = ranks.log_name(0)
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CHUNK = 1 << 18
 _DRAIN_S = 1.0
@@ -40,6 +43,18 @@ class Desk(Protocol):
         """The MLflow run of an attempt's trial."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which of the ranks of a trial that spans several nodes runs here, and what that adds to its environment.
+
+    ``others``: on rank 0's node, those that end with it.
+    """
+
+    rank: int
+    environment: Mapping[str, str]
+    others: Ranks | None = None
+
+
 class Run:
     """One attempt: its process, its output, its messages, its limits."""
 
@@ -50,7 +65,12 @@ class Run:
         spec: SweepSpec,
         assignment: protocol.Assignment,
         gpus: tuple[str, ...],
+        *,
+        part: Part | None = None,
     ) -> None:
+        self._part = part
+        self._others = None if part is None else part.others
+        self._joint: dict[str, Any] | None = None
         self._desk = desk
         self._nursery = nursery
         self._assignment = assignment
@@ -76,6 +96,13 @@ class Run:
             self._killed = kind
         if self._child is not None:
             self._nursery.kill(self._child)
+        if self._others is not None:
+            self._others.kill()
+
+    @property
+    def broken(self) -> bool:
+        """Whether a node that the trial needs is lost."""
+        return self._others is not None and self._others.broken
 
     def interrupt(self) -> None:
         """Tell the trial that its worker must leave: its next report raises ``TrialInterrupted``."""
@@ -89,7 +116,7 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             with contextlib.ExitStack() as stack:
                 output = stack.enter_context(
-                    contextlib.closing(CappedLog(self.directory / LOG_NAME, self._log_limit))
+                    contextlib.closing(CappedLog(self.directory / self._log_name, self._log_limit))
                 )
                 if self._assignment.ordinal > 0:
                     output.write(f"[repro-sweep: attempt {self._assignment.ordinal + 1}]\n".encode())
@@ -98,13 +125,20 @@ class Run:
             kind = FailureKind.NODE_LOST if error.errno in FULL_DISK else FailureKind.EXCEPTION
             self.kill(kind)
             return failure(kind, f"its directory, log or process cannot be used: {error}")
-        return self._outcome()
+        return self._joint or self._outcome()
+
+    @property
+    def _log_name(self) -> str:
+        return ranks.log_name(0 if self._part is None else self._part.rank)
 
     def _run(self, stack: contextlib.ExitStack, output: CappedLog) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         stack.enter_context(ours)
         self._channel = ours
         stack.callback(self._hang_up)
+        if self._others is not None:
+            output.write(self._others.start(self._give_up).encode())
+            stack.callback(self._others.kill)
         read, write = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, read)
         try:
@@ -113,11 +147,19 @@ class Run:
         finally:
             os.close(write)
         stack.callback(self._child.close)
-        if self._killed is not None:
+        if self._killed is not None or (self._others is not None and self._others.failed):
             self._nursery.kill(self._child)
         if self._interrupted:
             self._say({"leave": True}, socket.MSG_DONTWAIT)
         self._attend(self._child, ours, read, output)
+        if self._others is not None:
+            whole = self._killed is None and (self._result is not None or not self._others.failed)
+            self._joint = self._others.settle(self._outcome(), whole=whole)
+
+    def _give_up(self) -> None:
+        """Another rank has failed."""
+        if self._child is not None:
+            self._nursery.kill(self._child)
 
     def _request(self) -> dict[str, Any]:
         assignment = self._assignment
@@ -128,6 +170,8 @@ class Run:
             "config": assignment.config,
             "directory": str(self.directory),
             "gpus": list(self._gpus),
+            "rank": 0 if self._part is None else self._part.rank,
+            "environment": {} if self._part is None else dict(self._part.environment),
         }
 
     def _attend(self, child: Child, channel: socket.socket, output_fd: int, output: CappedLog) -> None:

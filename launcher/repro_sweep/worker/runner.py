@@ -95,7 +95,7 @@ class Runner:
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # text streams on descriptors
         faulthandler.enable(file=2)
         faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
-        context = trial.Context(
+        context = (trial.Follower if message["rank"] else trial.Context)(
             socket.socket(fileno=channel_fd),
             Path(message["directory"]),
             message["run"],
@@ -114,6 +114,8 @@ class Runner:
             inside.install(lambda: _find_run(context), uri=self._spec.tracking.uri)
             value = self._run_job(message, context)
             inside.settle()
+            if message["rank"]:
+                return {"state": TrialState.COMPLETE}
             return {"state": TrialState.COMPLETE, **final_metrics(value, context.last, self._spec)}
         except BaseException as error:  # noqa: BLE001  (user code: whatever it raises is the trial's failure)
             pruning = _pruning(error)
@@ -149,7 +151,7 @@ class Runner:
         if _changes_directory(node):
             os.chdir(context.directory)
         self._logging.enter(node)
-        if node.output_subdir is not None:
+        if node.output_subdir is not None and not message["rank"]:
             folder = context.directory / node.output_subdir
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(message["config"], encoding="utf-8")
@@ -203,6 +205,7 @@ def _enter_environment(spec: SweepSpec, message: Mapping[str, Any]) -> None:
     os.environ["REPRO_SWEEP_ATTEMPT"] = message["run"]
     if message["gpus"] is not None:
         os.environ[_GPUS] = ",".join(message["gpus"])
+    os.environ.update(message["environment"])
     threads.allow(spec.resources)
     random.seed()
     numpy_random = sys.modules.get("numpy.random")

@@ -21,6 +21,7 @@ from repro_sweep.machine import Machine
 from repro_sweep.spool import worker_directory
 from repro_sweep.sweep import Resources
 from repro_sweep.worker.agent import Agent
+from repro_sweep.worker.ranks import team_of
 
 _COMMAND_S = 20.0
 _MARGIN_S = 5.0
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--gpus", required=True, type=float, help="of a trial")
     parser.add_argument("--mem-gb", type=float, help="of a trial")
     parser.add_argument("--slots", type=int, help="trials at a time")
+    parser.add_argument("--nodes", type=int, default=1, help="of a trial")
     parser.add_argument("--minutes", required=True, type=float, help="the job's time limit")
     args = parser.parse_args()
     worker = f"slurm-{args.batch}-{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
@@ -91,10 +93,11 @@ def main() -> None:
         slots = machine.slots(
             inspect(), Resources(cpus=args.cpus, gpus=args.gpus, mem_gb=args.mem_gb), args.slots
         )
+        team = team_of(args.nodes)
     except SweepError as error:
         log.error("%s", error)  # noqa: TRY400  (one line says it all)
         sys.exit(1)
-    sys.exit(0 if Agent(worker, args.directory, None, slots, ends_at=ends_at).work() else 1)
+    sys.exit(0 if Agent(worker, args.directory, None, slots, ends_at=ends_at, team=team).work() else 1)
 
 
 if __name__ == "__main__":

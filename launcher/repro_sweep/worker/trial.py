@@ -106,6 +106,15 @@ class Context:
         self._channel.sendall(json.dumps(message).encode() + b"\n")
 
 
+class Follower(Context):
+    """The link of a rank that is not the first one of its trial: what it reports goes nowhere."""
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Rank 0 reports, and hears whether to go on; when it ends, so does this one."""
+        del step
+        self.last.update(metrics)
+
+
 _MOST_STEPS = 2**63
 _context: Context | None = None
 
