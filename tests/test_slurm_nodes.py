@@ -160,7 +160,7 @@ def test_a_rank_that_fails_ends_all_and_says_why(
 def test_the_next_trial_runs_in_the_same_job_after_a_rank_has_failed(
     project: Project, cluster: Cluster
 ) -> None:
-    overrides = ("mode=raise,whole", "rank=1", "sweep.trial_timeout_min=0.1")
+    overrides = ("mode=raise,whole", "rank=1", "sweep.trial_timeout_min=0.4")
     result = project.run(*on_two_nodes("together", *overrides), env=env(cluster))
     assert result.returncode == 1
     done = project.sweep("default")
@@ -171,7 +171,7 @@ def test_the_next_trial_runs_in_the_same_job_after_a_rank_has_failed(
 def test_all_ranks_of_a_cancelled_trial_end(project: Project, cluster: Cluster) -> None:
     with project.start(*on_two_nodes("together"), env=env(cluster)) as running:
         running.until(lambda: len(pids(project)) == 2, "both ranks run")
-        cancelled = project.run("cancel", "default/0", env=env(cluster))
+        cancelled = project.run("cancel", "default", "0", env=env(cluster))
         assert cancelled.returncode == 0, cancelled.stderr
         running.wait()
     (attempt,) = project.sweep("default").attempts

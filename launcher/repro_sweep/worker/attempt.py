@@ -89,6 +89,8 @@ class Run:
         self._oom_kills = oom.kills()
         self._result: dict[str, Any] | None = None
         self.reported = False
+        self.over_at: float | None = None
+        """When its end was known, in seconds UTC."""
 
     def kill(self, kind: FailureKind) -> None:
         """Kill the trial with everything it started; the attempt fails as ``kind``."""
@@ -154,7 +156,7 @@ class Run:
         self._attend(self._child, ours, read, output)
         if self._others is not None:
             whole = self._killed is None and (self._result is not None or not self._others.failed)
-            self._joint = self._others.settle(self._outcome(), whole=whole)
+            self._joint = self._others.settle(self._outcome(), self.over_at or time.time(), whole=whole)
 
     def _give_up(self) -> None:
         """Another rank has failed."""
@@ -194,6 +196,7 @@ class Run:
                         more = _read_output(output_fd, output)
                     else:
                         more = False
+                        self.over_at = self.over_at or time.time()
                         deadline = time.monotonic() + _DRAIN_S
                     if not more:
                         selector.unregister(key.fileobj)
@@ -236,6 +239,7 @@ class Run:
                 self._nursery.preload(message["imported"])
             else:
                 self._result = message["result"]
+                self.over_at = time.time()
         return bool(data)
 
     def _answer(self, seq: int, prune: bool) -> None:

@@ -95,7 +95,7 @@ class Client:
 
     def exchange(self, path: str, message: Message) -> bytes:
         """The same for a reply that is JSON of another kind."""
-        body = message.model_dump_json()
+        body = message.model_dump_json().encode()  # as text, HTTP takes nothing beyond Latin-1
         began = time.monotonic()
         trouble, tries = "", 0
         while not self._closed:
@@ -130,7 +130,7 @@ class Client:
             with connection.busy:
                 connection.close()
 
-    def _once(self, path: str, body: str) -> tuple[int, bytes]:
+    def _once(self, path: str, body: bytes) -> tuple[int, bytes]:
         connection: _Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             kind = _UnixConnection if self._target.startswith("/") else _TcpConnection

@@ -47,6 +47,7 @@ class _Voice:
         self._rank = rank
         self._out = out
         self._lock = threading.Lock()
+        self.run: Run | None = None
 
     def say(self, **message: object) -> None:
         """Say something now; if nobody listens any more, srun ends this process."""
@@ -57,7 +58,8 @@ class _Voice:
     def beat(self) -> None:
         """Say something again and again."""
         while True:
-            self.say(node=os.environ.get("SLURMD_NODENAME", ""))
+            over = self.run is not None and self.run.over_at is not None
+            self.say(node=os.environ.get("SLURMD_NODENAME", ""), over=over)
             time.sleep(ranks.BEAT_S)
 
 
@@ -73,11 +75,12 @@ def main() -> None:
     threading.Thread(target=voice.beat, daemon=True, name="beat").start()
     line = sys.stdin.readline()
     if line:
-        voice.say(result=_run(rank, json.loads(line)))
+        # the zygote ends with this process
+        voice.say(result={"at": time.time(), **_run(rank, json.loads(line), voice)})
     os._exit(0)
 
 
-def _run(rank: int, task: dict[str, Any]) -> dict[str, Any]:
+def _run(rank: int, task: dict[str, Any], voice: _Voice) -> dict[str, Any]:
     spec = ranks.alone(SweepSpec.model_validate_json(task["spec"]))
     try:
         (gpus,) = machine.slots(inspect(), spec.resources, 1)
@@ -89,7 +92,7 @@ def _run(rank: int, task: dict[str, Any]) -> dict[str, Any]:
         return failure(FailureKind.NODE_LOST, nursery.failed)
     part = Part(rank, ranks.environment(rank, task))
     assignment = protocol.Assignment(**task["assignment"])
-    run = Run(_Desk(), nursery, spec, assignment, gpus, part=part)
+    run = voice.run = Run(_Desk(), nursery, spec, assignment, gpus, part=part)
 
     def await_end() -> None:
         sys.stdin.read()
@@ -97,8 +100,7 @@ def _run(rank: int, task: dict[str, Any]) -> dict[str, Any]:
 
     threading.Thread(target=await_end, daemon=True, name="stdin").start()
     result = run.run()
-    nursery.close()
-    return result
+    return {"at": run.over_at or time.time(), **result}
 
 
 if __name__ == "__main__":

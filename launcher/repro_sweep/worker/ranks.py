@@ -36,6 +36,7 @@ _ENDING_S = 30.0
 """So long the other ranks may go on after rank 0 has returned."""
 _EXPLAIN_S = 6.0
 """So long rank 0's failure waits for what the others have to say: theirs may be its reason."""
+_NEWS_S = 0.5
 _GOODBYE_S = 1.0
 _TERM_S = 5.0
 
@@ -145,17 +146,19 @@ class Ranks:
             process.send_signal(signal.SIGTERM)
         threading.Thread(target=_see_off, args=(process,), daemon=True, name="srun").start()
 
-    def settle(self, result: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+    def settle(self, result: dict[str, Any], at: float, *, whole: bool) -> dict[str, Any]:
         """Rank 0 is over: wait for the others as long as that makes sense, and kill them.
 
         Args:
             result: rank 0's.
+            at: when rank 0 was over, in seconds UTC. What happened first is the reason of the rest, as long as the
+                nodes' clocks agree.
             whole: it is rank 0's own doing, nobody has killed it.
 
         Returns:
             The attempt's result.
         """
-        ended_at, ended = time.time(), time.monotonic()
+        ended = time.monotonic()
         if result["state"] == TrialState.COMPLETE:
             self._wait(lambda: self.failed or len(self._results) == self._count, _ENDING_S)
         elif self.failed or (whole and result.get("kind") in _UNCLEAR):
@@ -167,7 +170,7 @@ class Ranks:
         self.kill()
         if not failures:
             return result
-        mine = [(ended_at, 0, result)] if whole and _is_failure(result) else []
+        mine = [(at, 0, result)] if whole and _is_failure(result) else []
         _, rank, cause = min([*mine, *failures], key=lambda each: (not _is_cause(each[2]), each[0]))
         if rank == 0:
             return result
@@ -191,7 +194,8 @@ class Ranks:
         return range(1, self._count + 1)
 
     def _has_spoken(self, rank: int, since: float) -> bool:
-        return rank in self._results or self._heard.get(rank, float("-inf")) > since
+        """Whether a rank has said that it is over, or that it goes on long after something has happened elsewhere."""
+        return rank in self._results or self._heard.get(rank, float("-inf")) > since + _NEWS_S
 
     def _wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
         with self._changed:
@@ -230,7 +234,8 @@ class Ranks:
             log.warning("a rank says %r", line[:200])
             return
         with self._changed:
-            self._heard[rank] = time.monotonic()
+            if not message.get("over"):  # else its result is about to come
+                self._heard[rank] = time.monotonic()
             self._names[rank] = message.get("node", self._names.get(rank, ""))
             self._changed.notify_all()
         if "result" in message:
