@@ -59,11 +59,11 @@ def accounted(text: str) -> list[Job]:
     return found
 
 
-def ask(*command: str) -> str | None:
+def ask(*command: str, timeout_s: float = _COMMAND_S) -> str | None:
     """What one of SLURM's commands says; None where it fails or does not answer."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_COMMAND_S, check=False, stdin=subprocess.DEVNULL,
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL,
             env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from repro_sweep import task
-from repro_sweep.cli import optuna_results, session
+from repro_sweep.cli import optuna_results, session, summary
 from repro_sweep.cli import plan as planning
 from repro_sweep.cli.main import fail, say
 from repro_sweep.cli.session import INTERRUPTED
 from repro_sweep.cli.sweep import command_line, named_by_sweep
 from repro_sweep.errors import ReproSweepError, SweepError
+from repro_sweep.executors import base as executors
 from repro_sweep.ledger import FILE_NAME, Ledger
 from repro_sweep.submission import Submission, prepare
 
@@ -50,9 +52,16 @@ def run(submission: Submission) -> int:
     except OSError as error:
         raise SweepError(f"hydra.sweep.dir: {directory} cannot be used: {error}") from error
     exists = (directory / FILE_NAME).exists()
-    ledger = Ledger.open(directory) if exists else Ledger.create(directory, spec)
+    spread = executors.is_spread(spec)
+    ledger = Ledger.open(directory) if exists else Ledger.create(directory, spec, shared=spread)
+    job = os.environ.get("SLURM_JOB_ID", "") if session.is_kept() else ""
+    again = os.environ.get(session.KEPT) == session.AGAIN
 
     def record(ledger: Ledger) -> None:
+        if again and ledger.meta("job") == job:  # this job's own command: the sweep goes on as it is
+            say(f"goes on: {summary.tally(ledger)}")
+            return
+        ledger.set_meta("job", job)
         submission.record(ledger)
         for notice in submission.notices:
             say(notice)
@@ -61,6 +70,8 @@ def run(submission: Submission) -> int:
         else:
             _say_what_is_known(submission)
 
+    if spec.detach:
+        return session.submit(ledger, spec.name, record)
     code = session.run(ledger, spec.name, record)
     if submission.for_optuna_sweeper:
         optuna_results.write(directory)
