@@ -114,6 +114,7 @@ class Coordinator:
         self._handout = Handout()
         self._fresh: set[int] = set()
         self._tally = self._take_over(ledger)
+        self._leaving = False
         self.abandoned = False
         """Whether it stops because the user has cancelled all workers."""
         self._verdicts = Verdicts(spec, asker, self.warn)
@@ -160,6 +161,11 @@ class Coordinator:
         """Stop the running trials too; they can be run again later."""
         self.drain()
         self._stopping = True
+
+    def leave(self) -> None:
+        """End without ending anything: its workers go on, and the next coordinator of the sweep takes over."""
+        self._leaving = True
+        self._notify()
 
     def progress(self) -> Progress:
         """A picture of the sweep now."""
@@ -218,7 +224,7 @@ class Coordinator:
             self._notify()
 
     async def run(self, executor: Executor) -> None:
-        """Run until no trial is waiting or running, or until drained or stopped.
+        """Run until no trial is waiting or running, or until drained, stopped, or told to leave.
 
         Raises:
             SweepError: the sweep cannot go on (no worker stays alive, the task does not return the metric).
@@ -236,6 +242,8 @@ class Coordinator:
             await self.recover()
             while not self._over():
                 self._check()
+                if self._leaving:
+                    return
                 try:
                     await self._keep_workers(crew)
                 except WorkersCancelledError as error:
@@ -253,7 +261,7 @@ class Coordinator:
                 self._asking.cancel()
             if self._search is not None and not self._superseded and self._ended_by is None:
                 await self._search.save_hours()
-            if not self._superseded:
+            if not (self._superseded or self._leaving):
                 self._stopping = True  # what its workers stop now is to be run again
                 self._journal.give_up()
                 await asyncio.to_thread(executor.close, _CLOSE_S)

@@ -310,6 +310,7 @@ def specify(
         limits=_limits(options),
         code=code_fingerprint(cwd),
         reuse=options.reuse,
+        detach=options.detach,
         objectives=objectives if len(objectives) > 1 else (),
         pruner=_pruner(options.pruner, choices.get("sweep/pruner"), "sweep/pruner"),
         search=_search(options, sampler, choices.get("sweep/repeats_pruner"), params, overrides),

@@ -339,3 +339,8 @@ def _check_startable(spec: SweepSpec) -> None:
         )
     check_writable(spec.tracking.uri)
     executors.create(spec)
+    if spec.detach and executors.coordinator_job(spec) is None:
+        raise SweepError(
+            f"sweep.detach: sweep/executor={spec.executor_name} runs where the command does; choose one that submits"
+            " jobs, such as sweep/executor=slurm"
+        )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,24 @@ class UnansweredError(Exception):
     """Whether a submission has worked is not known."""
 
 
+def _outside(environ: Mapping[str, str]) -> list[str]:
+    """What makes a command see nothing of the job that this process runs in: its options are not the new job's."""
+    mine = [key for key in environ if key.startswith(("SLURM_", "SLURMD_")) and key != "SLURM_CONF"]
+    return ["env", *(f"--unset={key}" for key in mine)] if "SLURM_JOB_ID" in environ else []
+
+
+def _in_slurms_words(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """submitit's executor for SLURM alone wants memory as SLURM does."""
+    rest = {key: value for key, value in parameters.items() if key != "mem_gb"}
+    return rest | ({"mem": f"{math.ceil(1024 * parameters['mem_gb'])}M"} if "mem_gb" in parameters else {})
+
+
 class Submission:
     """submitit's executor for one command, without its pickles: a lost reply must not cost a job its task.
 
     Args:
         folder: for the sbatch script and the jobs' output, on a file system that the nodes share.
-        parameters: submitit's own.
+        parameters: submitit's own, and ``mem_gb``.
 
     Raises:
         SweepError: there is no SLURM here, or submitit refuses a parameter.
@@ -35,9 +50,12 @@ class Submission:
         import submitit
 
         self._folder = folder
+        slurm: Any = submitit.SlurmExecutor
         try:
-            self._executor = submitit.SlurmExecutor(folder, max_num_timeout=0)
-            self._executor.update_parameters(**parameters)
+            self._executor = slurm(folder, max_num_timeout=0)
+            self._executor.update_parameters(**_in_slurms_words(parameters))
+            make = self._executor._make_submission_command
+            self._executor._make_submission_command = lambda path: [*_outside(os.environ), *make(path)]
         except RuntimeError as error:
             raise SweepError(f"sweep/executor=slurm: there is no SLURM here: {error}") from error
         except (ValueError, TypeError) as error:

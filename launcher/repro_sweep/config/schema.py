@@ -101,6 +101,7 @@ class SweepConf:
     orphan_timeout_min: float = 10.0
     min_free_mb: float = 100.0
     reuse: bool = True
+    detach: bool = False
 
 
 @dataclass

@@ -8,11 +8,13 @@ a dataclass with the typed options of ``sweep/executor=<name>``, and ``EXECUTOR`
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import ModuleType
+from typing import Any
 
 from repro_sweep import plugins
 from repro_sweep.errors import SweepError
@@ -137,9 +139,19 @@ def create(spec: SweepSpec, socket: str = "") -> Executor:
     return executor
 
 
+def is_remote(spec: SweepSpec) -> bool:
+    """Whether the workers are on other machines."""
+    return bool(getattr(load(spec.executor_name), "REMOTE", False))
+
+
+def is_spread(spec: SweepSpec) -> bool:
+    """Whether other machines take part: the workers', or the login node from which its user looks after a job."""
+    return is_remote(spec) or "SLURM_JOB_ID" in os.environ
+
+
 def host(spec: SweepSpec) -> str | None:
-    """Where the coordinator must listen for workers on other machines (``server.Server``); None: there are none."""
-    if not getattr(load(spec.executor_name), "REMOTE", False):
+    """Where the coordinator must listen for other machines (``server.Server``); None: there are none."""
+    if not is_spread(spec):
         return None
     given = spec.executor.get("host")
     return "*" if given is None else str(given)
@@ -148,6 +160,15 @@ def host(spec: SweepSpec) -> str | None:
 def spans_nodes(name: str) -> bool:
     """Whether the workers of an executor may have several nodes each."""
     return bool(getattr(load(name), "SPANS_NODES", False))
+
+
+def coordinator_job(spec: SweepSpec) -> Mapping[str, Any] | None:
+    """How the coordinator itself is submitted as a job (``submitting.Submission``'s parameters); None: it cannot be."""
+    module = load(spec.executor_name)
+    if not hasattr(module, "coordinator_job"):
+        return None
+    found: Mapping[str, Any] = module.coordinator_job(module.OPTIONS(**spec.executor))
+    return found
 
 
 def options() -> dict[str, type]:

@@ -43,6 +43,10 @@ _SURE_AFTER = 2
 """So many answers of squeue without a job mean that it is gone, where accounting cannot tell."""
 _STARTS_WITHIN_S = 30.0
 _LEAVE_S = 5.0
+_NAMES = (
+    "partition", "account", "qos", "constraint", "exclude", "host", "coordinator_partition", "coordinator_qos",
+)  # fmt: skip
+_HAND_OVER_S = 120
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _GPUS = re.compile(r"(?:[\w.-]+:)?[0-9]+")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
@@ -59,7 +63,9 @@ class Options:
     as many as its GPUs, or else its CPUs, have room for. ``expected_trial_min``: how long a trial takes, before any has
     ended. ``signal_delay_s``: how long before its time limit a worker interrupts its trials. ``poll_s``: how long
     between two looks at the queue. ``host``: the name or address at which the workers reach this machine; null: its
-    own.
+    own. With ``sweep.detach`` the coordinator is a job too: of ``coordinator_partition`` and ``coordinator_qos`` (null:
+    the workers'), with ``coordinator_mem_gb`` GiB for ``coordinator_timeout_min`` minutes (null: the workers'), after
+    which it hands over to the next.
     """
 
     workers: int = 1
@@ -80,6 +86,10 @@ class Options:
     expected_trial_min: float | None = None
     poll_s: float = 10.0
     host: str | None = None
+    coordinator_partition: str | None = None
+    coordinator_qos: str | None = None
+    coordinator_timeout_min: int | None = None
+    coordinator_mem_gb: float = 2.0
 
 
 @dataclass(slots=True)
@@ -418,7 +428,10 @@ def check_options(options: Options, context: Context) -> None:
         value = getattr(options, key)
         if value < 1:
             raise SweepError(f"{_WHERE}.{key}: must be at least 1, got {value}")
-    for key in ("cpus_per_task", "slots", "mem_gb", "expected_trial_min", "poll_s"):
+    for key in (
+        "cpus_per_task", "slots", "mem_gb", "expected_trial_min", "poll_s", "coordinator_timeout_min",
+        "coordinator_mem_gb",
+    ):  # fmt: skip
         value = getattr(options, key)
         if value is not None and not value > 0:
             raise SweepError(f"{_WHERE}.{key}: must be greater than 0, got {value}")
@@ -443,7 +456,7 @@ def check_options(options: Options, context: Context) -> None:
 
 
 def _texts(options: Options) -> Iterable[tuple[str, str]]:
-    for key in ("partition", "account", "qos", "constraint", "exclude", "host"):
+    for key in _NAMES:
         if getattr(options, key) is not None:
             yield f"{_WHERE}.{key}", getattr(options, key)
     for index, line in enumerate(options.setup):
@@ -495,6 +508,28 @@ def submission(options: Options, context: Context, name: str) -> Submission:
     }
     given = {key: value for key, value in parameters.items() if value is not None}
     return Submission(Path(context.spec.directory) / FOLDER, given)
+
+
+def coordinator_job(options: Options) -> dict[str, Any]:
+    """The parameters of the job that a sweep's coordinator is: it starts jobs itself, so it is no job step."""
+    partition = options.coordinator_partition or options.partition
+    qos = options.coordinator_qos or (None if options.coordinator_partition else options.qos)
+    minutes = options.coordinator_timeout_min or options.timeout_min
+    parameters: dict[str, Any] = {
+        "time": minutes,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "cpus_per_task": 1,
+        "mem_gb": options.coordinator_mem_gb,
+        "partition": partition,
+        "qos": qos,
+        "account": options.account,
+        "setup": options.setup or None,
+        "stderr_to_stdout": True,
+        "use_srun": False,
+        "additional_parameters": {"requeue": True, "signal": f"B:USR2@{min(_HAND_OVER_S, 20 * minutes)}"},
+    }
+    return {key: value for key, value in parameters.items() if value is not None}
 
 
 def last_words(directory: Path, worker: str) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repro_sweep import protocol, spool
+from repro_sweep import host, protocol, spool
 from repro_sweep.errors import ProtocolError
 from repro_sweep.states import FailureKind
 from repro_sweep.sweep import SweepSpec
@@ -129,7 +128,7 @@ class Agent:
 
     def _introduction(self) -> protocol.Register:
         return protocol.Register(
-            worker=self._worker, host=socket.gethostname(), pid=os.getpid(), slots=len(self._gpus),
+            worker=self._worker, host=host.name(), pid=os.getpid(), slots=len(self._gpus),
             gpus=tuple(self._gpus), attempts=(*self._running, *self._claimed), spec=self._spec_text,
         )  # fmt: skip
 

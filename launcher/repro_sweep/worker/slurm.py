@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from repro_sweep import machine
+from repro_sweep import host, machine
 from repro_sweep.errors import SweepError
 from repro_sweep.machine import Machine
 from repro_sweep.spool import worker_directory
@@ -87,7 +86,7 @@ def main() -> None:
     log.info(
         "job %s on %s",
         os.environ.get("SLURM_JOB_ID"),
-        os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        host.name(),
     )
     try:
         slots = machine.slots(
