@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import socketserver
 import subprocess
@@ -19,7 +18,7 @@ import pytest
 from helpers import a_spec, environment, eventually
 
 from repro_sweep import protocol
-from repro_sweep.errors import TrialPruned
+from repro_sweep.errors import TrialInterrupted, TrialPruned
 from repro_sweep.lease import ADDRESS_NAME
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import Chosen, Composition, Objective, SweepSpec, TaskSpec
@@ -591,7 +590,7 @@ def test_a_coordinator_that_hangs_is_waited_for_once_until_it_is_heard_of(
     assert not inbox.stop
 
 
-def test_a_trial_without_a_pruner_says_and_reads_nothing_new(
+def test_a_trial_without_a_pruner_says_nothing_new_and_heeds_no_verdict(
     tmp_path: Path, ends: tuple[socket.socket, socket.socket]
 ) -> None:
     """Its messages are those that they were."""
@@ -602,7 +601,23 @@ def test_a_trial_without_a_pruner_says_and_reads_nothing_new(
     message = json.loads(ours.recv(1 << 16))
     assert list(message) == ["report"]
     assert sorted(message["report"]) == ["metrics", "seq", "step", "time"]
-    assert os.read(theirs.fileno(), 100) == b'{"verdict": [0, true]}\n'
+    context.report(1, {"score": 1.0})
+
+
+def test_a_trial_whose_worker_must_leave_is_interrupted_at_its_next_report(
+    tmp_path: Path, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    """With or without a pruner; the report counts, and the trial stays interrupted."""
+    ours, theirs = ends
+    context = Context(theirs, tmp_path, "a")
+    assert not context.interrupted
+    ours.sendall(b'{"leave": true}\n')
+    for step in range(2):
+        with pytest.raises(TrialInterrupted, match=f"step {step}: its worker must leave"):
+            context.report(step, {"score": 1.0})
+    assert context.interrupted
+    steps = [json.loads(line)["report"]["step"] for line in ours.recv(1 << 16).splitlines()]
+    assert steps == [0, 1]
 
 
 # --- a task that gives up by itself --------------------------------------------------------------------------

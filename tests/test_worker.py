@@ -32,6 +32,8 @@ repeats: {+seed: range(2)}
 """
 TASK = """
 def train(cfg):
+    if cfg.x == 4:
+        raise ValueError("caf\u00e9 \u2713 \U0001f3d6")
     if cfg.x == 3:
         raise ValueError("cannot read " + b"caf\\xe9".decode("utf-8", "surrogateescape"))
     return {"score": cfg.x * cfg.epochs}
@@ -172,6 +174,14 @@ def test_an_error_text_that_no_json_can_hold_is_recorded_all_the_same(make_proje
     assert attempt.kind is FailureKind.EXCEPTION
     assert attempt.message == "ValueError: cannot read caf\\udce9"
     assert len(sweep.trials) == 4
+
+
+def test_a_message_in_any_script_arrives_as_it_was(make_project: MakeProject) -> None:
+    project = make_project({"conf/config.yaml": CONFIG, "conf/sweep/one.yaml": SWEEP, "job.py": TASK})
+    result = project.run("+sweep=one", "x=4")
+    assert result.returncode == 1, result.stderr
+    messages = {attempt.message for attempt in project.sweep("one").attempts}
+    assert messages == {"ValueError: caf\u00e9 \u2713 \U0001f3d6"}
 
 
 # --- what a task returns -------------------------------------------------------------------------------------

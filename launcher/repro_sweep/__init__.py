@@ -1,6 +1,7 @@
 """repro-sweep: a distributed sweep launcher for Hydra applications.
 
-In a task function: :func:`report`, :func:`artifact_dir`, :func:`checkpoint_dir`, :class:`TrialPruned`.
+In a task function: :func:`report`, :func:`artifact_dir`, :func:`checkpoint_dir`, :class:`TrialPruned`,
+:class:`TrialInterrupted`.
 Afterwards, on any machine that sees the MLflow server: :func:`best_trial`, :func:`leaderboard`, :func:`pareto_front`,
 :func:`trials`.
 All of them are imported when they are first used.
@@ -12,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from repro_sweep.errors import ReproSweepError, TrialPruned
+    from repro_sweep.errors import ReproSweepError, TrialInterrupted, TrialPruned
     from repro_sweep.ranking import Trial, best_trial, leaderboard, pareto_front, trials
     from repro_sweep.states import TrialState
     from repro_sweep.worker.trial import artifact_dir, checkpoint_dir, report
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ReproSweepError",
     "Trial",
+    "TrialInterrupted",
     "TrialPruned",
     "TrialState",
     "artifact_dir",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "repro_sweep.errors": ("ReproSweepError", "TrialPruned"),
+    "repro_sweep.errors": ("ReproSweepError", "TrialInterrupted", "TrialPruned"),
     "repro_sweep.ranking": ("Trial", "best_trial", "leaderboard", "pareto_front", "trials"),
     "repro_sweep.states": ("TrialState",),
     "repro_sweep.worker.trial": ("artifact_dir", "checkpoint_dir", "report"),

@@ -70,9 +70,9 @@ def _serve(directory: Path, out: IO[str]) -> None:
     ledger = Ledger.open(directory, readonly=True)
     try:
         os.chdir(ledger.spec.task.cwd)
-        with ledger.snapshot():
-            suggester = make_suggester(ledger)
-            seen = rebuild(suggester, ledger)
+        with ledger.snapshot() as now:  # the task may take long to import
+            suggester = make_suggester(now)
+            seen = rebuild(suggester, now)
     finally:
         ledger.close()
     _say(out, {"ready": seen})

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from repro_sweep import endings, protocol, spool
 from repro_sweep.asking import AskingProcess
-from repro_sweep.crew import Crew
+from repro_sweep.crew import Crew, WorkersCancelledError
 from repro_sweep.errors import LeaseLostError, LedgerError, SweepError
 from repro_sweep.executors.base import Executor
 from repro_sweep.failpoints import failpoint
@@ -39,6 +39,7 @@ from repro_sweep.watch import Watch
 _T = TypeVar("_T")
 _POLL_S = 0.25
 _WORKER_SILENT_S = 60.0
+_MISSING_SILENT_S = 10.0
 _CLOSE_S = 15.0
 _SOON_S = 0.2
 """A slot that has just ended a trial of a search waits so long for the next one, which is being asked for."""
@@ -56,6 +57,7 @@ class _Worker:
     slots: int = 0
     gpus: tuple[tuple[str, ...], ...] = ()
     outdated: bool = False
+    has_run: bool = False
     attempts: set[str] = field(default_factory=set)
 
     def group(self, name: str, slot: int) -> Group:
@@ -112,6 +114,9 @@ class Coordinator:
         self._handout = Handout()
         self._fresh: set[int] = set()
         self._tally = self._take_over(ledger)
+        self._leaving = False
+        self.abandoned = False
+        """Whether it stops because the user has cancelled all workers."""
         self._verdicts = Verdicts(spec, asker, self.warn)
         self._search: Searching | None = None
         if asker is not None and spec.search is not None:
@@ -156,6 +161,11 @@ class Coordinator:
         """Stop the running trials too; they can be run again later."""
         self.drain()
         self._stopping = True
+
+    def leave(self) -> None:
+        """End without ending anything: its workers go on, and the next coordinator of the sweep takes over."""
+        self._leaving = True
+        self._notify()
 
     def progress(self) -> Progress:
         """A picture of the sweep now."""
@@ -214,7 +224,7 @@ class Coordinator:
             self._notify()
 
     async def run(self, executor: Executor) -> None:
-        """Run until no trial is waiting or running, or until drained or stopped.
+        """Run until no trial is waiting or running, or until drained, stopped, or told to leave.
 
         Raises:
             SweepError: the sweep cannot go on (no worker stays alive, the task does not return the metric).
@@ -232,7 +242,14 @@ class Coordinator:
             await self.recover()
             while not self._over():
                 self._check()
-                await self._keep_workers(crew)
+                if self._leaving:
+                    return
+                try:
+                    await self._keep_workers(crew)
+                except WorkersCancelledError as error:
+                    self.warn(str(error))
+                    self.abandoned = True
+                    self.stop()
                 await self._look_after_workers(crew)
                 if self._stopping:
                     crew.stop_all()
@@ -244,7 +261,7 @@ class Coordinator:
                 self._asking.cancel()
             if self._search is not None and not self._superseded and self._ended_by is None:
                 await self._search.save_hours()
-            if not self._superseded:
+            if not (self._superseded or self._leaving):
                 self._stopping = True  # what its workers stop now is to be run again
                 self._journal.give_up()
                 await asyncio.to_thread(executor.close, _CLOSE_S)
@@ -371,6 +388,8 @@ class Coordinator:
             worker = self._workers.get(message.worker)
             if self._over() or self._draining or (worker is not None and worker.outdated):
                 return protocol.Claimed(over=True)
+            if worker is not None and not self._has_time(worker, message.left_s):
+                return protocol.Claimed(over=True)
             if worker is not None and worker.slots and not self._searching and self._paused is None:
                 number = self._handout.take(worker.group(message.worker, message.slot))
                 if number is not None:
@@ -382,6 +401,10 @@ class Coordinator:
             if left <= 0:
                 return protocol.Claimed()
             await self._wait_for_change(min(left, 1.0))
+
+    def _has_time(self, worker: _Worker, left_s: float | None) -> bool:
+        """Whether a worker has the time for another trial; one that has run none gets it anyhow: no other has more."""
+        return left_s is None or not worker.has_run or left_s >= self._tally.longest_s
 
     async def _start(self, number: int, worker: _Worker, claim: protocol.Claim) -> protocol.Assignment | None:
         """Commit that a trial is handed out. A task of its own: the claim may be given up meanwhile."""
@@ -430,6 +453,7 @@ class Coordinator:
             number, claim.worker, claim.slot, group, assignment, time.monotonic()
         )
         worker.attempts.add(claim.attempt)
+        worker.has_run = True
         self._tally.set_state(number, TrialState.RUNNING)
         self._measure()
         if self._workers.get(claim.worker) is not worker:
@@ -534,10 +558,13 @@ class Coordinator:
             crew.start(missing)
 
     async def _look_after_workers(self, crew: Crew) -> None:
-        ended = crew.ended()
+        ended, unseen = crew.ended(), crew.lost_sight_of()
         for name, worker in list(self._workers.items()):
+            silent_s = time.monotonic() - worker.seen
             if name in ended:
                 await self._lose(name, f"its worker {ended[name]}")
+            elif name in unseen and silent_s > _MISSING_SILENT_S:
+                await self._lose(name, f"its worker {unseen[name]}")
             elif time.monotonic() - worker.seen > _WORKER_SILENT_S:
                 await self._lose(name, f"its worker has been silent for {_WORKER_SILENT_S:.0f} s")
                 crew.stop(name)

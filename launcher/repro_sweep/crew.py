@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 
 from repro_sweep.errors import SweepError
-from repro_sweep.executors.base import Executor, WorkerState
+from repro_sweep.executors.base import Cause, Executor, WorkerState, WorkerStatus
 from repro_sweep.failpoints import failpoint
 from repro_sweep.sweep import SweepSpec
 
 _FRUITLESS_WORKERS = 3
 _KILLED_WORKERS = 20
+
+
+class WorkersCancelledError(SweepError):
+    """The user has ended all workers behind the coordinator's back."""
 
 
 class Crew:
@@ -20,7 +24,7 @@ class Crew:
         self._spec = spec
         self._executor = executor
         self._fruitless: Counter[bool] = Counter()
-        self._killed = False
+        self._last: WorkerStatus | None = None
 
     def was_fruitful(self) -> None:
         """A trial has ended by itself: what workers need is there."""
@@ -31,23 +35,34 @@ class Crew:
         return worker in self._executor.poll()
 
     def missing(self, trials: int) -> int:
-        """How many workers are missing for so many trials.
+        """How many workers are missing for so many trials; those that the user has cancelled are not replaced.
 
         Raises:
             SweepError: workers end again and again without finishing a trial.
+            WorkersCancelledError: the user has cancelled all of them.
         """
         statuses = self._executor.poll()
-        alive = sum(status.state is WorkerState.ALIVE for status in statuses.values())
-        missing = self._executor.wanted(trials) - alive
+        alive = sum(status.state is not WorkerState.ENDED for status in statuses.values())
+        ended = [status for status in statuses.values() if status.state is WorkerState.ENDED]
+        cancelled = sum(status.cause is Cause.CANCELLED for status in ended)
+        wanted = self._executor.wanted(trials)
+        missing = wanted - alive - cancelled
+        if wanted > 0 and not alive and missing <= 0:
+            raise WorkersCancelledError(
+                f"sweep/executor={self._spec.executor_name}: all of its workers were cancelled; nothing is lost:"
+                f" 'repro-sweep resume {self._spec.name}' goes on"
+            )
         if missing <= 0:
             return 0
-        ended = [status.detail for status in statuses.values() if status.detail]
-        killed = self._killed = bool(ended) and ended[-1].startswith("killed by")  # perhaps an accident
+        last = self._last = ended[-1] if ended else None
+        if last is not None and last.cause is Cause.EVICTED:
+            return missing
+        killed = last is not None and last.cause is Cause.KILLED  # perhaps an accident
         fruitless = self._fruitless[killed]
         if fruitless >= (_KILLED_WORKERS if killed else _FRUITLESS_WORKERS):
             raise SweepError(
                 f"sweep/executor={self._spec.executor_name}: {fruitless} workers in a row ended without"
-                f" finishing a trial (the last: {ended[-1] if ended else 'unknown'});"
+                f" finishing a trial (the last: {last.detail if last else 'unknown'});"
                 f" see {self._spec.directory}/workers/*/worker.log"
             )
         return missing
@@ -61,14 +76,20 @@ class Crew:
         failpoint("workers.before_start")
         self._executor.start(count)
         failpoint("workers.started")
-        self._fruitless[self._killed] += 1
+        if self._last is None or self._last.cause is not Cause.EVICTED:
+            self._fruitless[self._last is not None and self._last.cause is Cause.KILLED] += 1
 
     def ended(self) -> dict[str, str]:
         """The workers that have ended, and how."""
+        return self._in(WorkerState.ENDED)
+
+    def lost_sight_of(self) -> dict[str, str]:
+        """The workers that nothing is known of, and why."""
+        return self._in(WorkerState.MISSING)
+
+    def _in(self, state: WorkerState) -> dict[str, str]:
         statuses = self._executor.poll().items()
-        return {
-            name: status.detail or "ended" for name, status in statuses if status.state is WorkerState.ENDED
-        }
+        return {name: status.detail or "ended" for name, status in statuses if status.state is state}
 
     def stop(self, worker: str) -> None:
         """End one worker, if it is ours to end."""

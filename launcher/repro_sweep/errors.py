@@ -14,6 +14,7 @@
     │   └── UnwritableError    the disk is full or broken for now; nothing was written
     └── ProtocolError          a worker and its coordinator do not understand each other
     TrialPruned                raised in a trial by ``report``; not a failure
+    TrialInterrupted           raised in a trial by ``report``: its worker's time is over, another one goes on with it
 
 Errors of other libraries are mapped to these where they enter. A bug is none of them and keeps its traceback.
 """
@@ -63,6 +64,13 @@ class UnwritableError(LedgerError):
 
 class ProtocolError(ReproSweepError):
     """A worker and its coordinator do not understand each other."""
+
+
+class TrialInterrupted(Exception):  # noqa: N818  (no error)
+    """Raised by :func:`repro_sweep.report` in a trial whose worker must leave; it goes on elsewhere.
+
+    Let it pass, after a checkpoint if there is none of this step yet: some seconds later the trial is killed.
+    """
 
 
 class TrialPruned(Exception):  # noqa: N818  (Optuna's name)

@@ -14,12 +14,12 @@ import json
 import logging
 import os
 import signal
-import socket
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from repro_sweep import host
 from repro_sweep.errors import SweepError
 from repro_sweep.failpoints import failpoint
 from repro_sweep.ledger import Ledger
@@ -55,7 +55,7 @@ class Holder:
     @property
     def was_here(self) -> bool:
         """Whether it is, or was, a process of this machine; on others a file lock may not be seen."""
-        return self.host == socket.gethostname()
+        return self.host == host.name()
 
     @property
     def is_here(self) -> bool:
@@ -70,10 +70,16 @@ class Holder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Where a coordinator listens; of two the one with the larger epoch is right."""
+    """Where a coordinator listens; of two the one with the larger epoch is right.
+
+    ``socket`` is for processes of its own machine. ``tcp`` are ways in for others, ``host:port``, any of which will do;
+    who comes there must know ``token``. Empty where it does not listen for others.
+    """
 
     epoch: int
     socket: str
+    tcp: tuple[str, ...] = ()
+    token: str = field(default="", repr=False)
 
 
 class Lease:
@@ -85,8 +91,11 @@ class Lease:
         self.holder = holder
 
     @classmethod
-    def acquire(cls, ledger: Ledger, name: str) -> Lease:
+    def acquire(cls, ledger: Ledger, name: str, *, patient: bool = False) -> Lease:
         """Take the lease of a ledger's sweep; from then on the ledger is fenced.
+
+        ``patient``: where it cannot be told whether its holder lives, see whether it renews the lease, for as long as
+        a lease lasts.
 
         Raises:
             SweepError: another process holds it; the message says which, and since when.
@@ -94,17 +103,17 @@ class Lease:
         directory = ledger.path.parent
         lock = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            holder = _take(ledger, name, locked=_lock_soon(lock, ledger))
+            holder = _take(ledger, name, locked=_lock_soon(lock, ledger), patient=patient)
         except BaseException:
             os.close(lock)
             raise
         failpoint("lease.taken")
         return cls(directory, holder, lock)
 
-    def announce(self, socket_path: str) -> None:
-        """Tell workers where this coordinator listens."""
+    def announce(self, socket_path: str, tcp: tuple[str, ...] = (), token: str = "") -> None:
+        """Tell workers where this coordinator listens: in a file that only its user can read."""
         before = address_of(self._directory)
-        address = Address(epoch=self.holder.epoch, socket=socket_path)
+        address = Address(epoch=self.holder.epoch, socket=socket_path, tcp=tcp, token=token)
         record = {
             "host": self.holder.host,
             "pid": self.holder.pid,
@@ -114,7 +123,7 @@ class Lease:
         write_file(self._directory / ADDRESS_NAME, json.dumps(record))
         failpoint("lease.announced")
         # what a coordinator that was killed has left in the folder for temporary files
-        if before is not None:
+        if before is not None and self.holder.was_here:
             with contextlib.suppress(OSError):
                 Path(before.socket).unlink()
                 Path(before.socket).parent.rmdir()
@@ -165,7 +174,12 @@ def address_of(directory: Path) -> Address | None:
     """Where the sweep's coordinator listens, or listened."""
     try:
         record = json.loads((directory / ADDRESS_NAME).read_text())
-        return Address(epoch=record["epoch"], socket=record["socket"])
+        return Address(
+            epoch=record["epoch"],
+            socket=record["socket"],
+            tcp=tuple(record.get("tcp", ())),
+            token=record.get("token", ""),
+        )
     except (OSError, ValueError, KeyError):
         return None
 
@@ -200,10 +214,10 @@ def _lock_soon(lock: int, ledger: Ledger) -> bool:
     return True
 
 
-def _take(ledger: Ledger, name: str, *, locked: bool) -> Holder:
+def _take(ledger: Ledger, name: str, *, locked: bool, patient: bool) -> Holder:
     found = holder_of(ledger)
     if found is not None and not (locked and found.locked and found.was_here):
-        _await_expiry(ledger, found, name)
+        _await_expiry(ledger, found, name, patient=patient)
     failpoint("lease.before_take")
     if not ledger.begin(_WAIT_S):
         _break_in(ledger, found, name)
@@ -214,7 +228,7 @@ def _take(ledger: Ledger, name: str, *, locked: bool) -> Holder:
         epoch = int(ledger.meta("epoch") or 0) + 1
         pid, stamp = os.getpid(), time.time()
         holder = Holder(
-            host=socket.gethostname(), pid=pid, started=started_at(pid), since=stamp, renewed=stamp, epoch=epoch,
+            host=host.name(), pid=pid, started=started_at(pid), since=stamp, renewed=stamp, epoch=epoch,
             locked=locked,
         )  # fmt: skip
         ledger.set_meta("epoch", str(epoch))
@@ -231,22 +245,25 @@ def _is_fresh(holder: Holder) -> bool:
     return time.time() - holder.renewed <= LEASE_S
 
 
-def _await_expiry(ledger: Ledger, found: Holder, name: str) -> None:
+def _await_expiry(ledger: Ledger, found: Holder, name: str, *, patient: bool) -> None:
     """Return when the lease that somebody else held has surely ended.
 
     Raises:
         SweepError: it has not.
     """
     died_here = found.was_here and not found.is_here and not found.locked
-    if _is_fresh(found) and not died_here:
+    fresh = _is_fresh(found) and not died_here
+    if fresh and not patient:
         raise _refusal(found, name)
-    if found.was_here:
+    if found.was_here and not fresh:
         return
     deadline = time.monotonic() + LEASE_S  # clocks differ between machines: see whether it is renewed
     while time.monotonic() < deadline:
         time.sleep(min(1.0, LEASE_S / 4))
         now = holder_of(ledger)
-        if now is not None and now.renewed != found.renewed:
+        if now is None:  # it was given back
+            return
+        if now.renewed != found.renewed:
             raise _refusal(now, name)
 
 

@@ -1,7 +1,8 @@
 """The ledger: one SQLite file in the sweep's directory, the truth about the sweep.
 
 Only the coordinator that holds the sweep's lease writes it; anybody may read it. A change is durable when
-:meth:`Ledger.commit` returns (write-ahead log, ``synchronous=FULL``), so the coordinator answers nobody before that.
+:meth:`Ledger.commit` returns (``synchronous=FULL``; a write-ahead log, or a rollback journal where several machines use
+the ledger), so the coordinator answers nobody before that.
 ``trials.change`` is a counter that grows with every change of a trial or its attempts, and ``reports.seq`` one that
 grows with every report: a projection that remembers the last ones it has seen finds all that is new.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -116,8 +118,11 @@ class Ledger:
         self._change = self._scalar_int("SELECT coalesce(max(change), 0) FROM trials")
 
     @classmethod
-    def create(cls, directory: Path, spec: SweepSpec) -> Ledger:
-        """Make the ledger of a new sweep; its directory exists. If another process is faster, the ledger is its."""
+    def create(cls, directory: Path, spec: SweepSpec, *, shared: bool = False) -> Ledger:
+        """Make the ledger of a new sweep; its directory exists. If another process is faster, the ledger is its.
+
+        ``shared``: see :meth:`share`.
+        """
         path = directory / FILE_NAME
         partial = path.with_name(f"{FILE_NAME}.{uuid.uuid4().hex}.partial")
         partial.touch(mode=0o600)
@@ -129,6 +134,8 @@ class Ledger:
                 [("format", str(FORMAT)), ("spec", spec.model_dump_json()), ("epoch", "0")],
             )
             db.commit()
+            if not shared:
+                db.execute(f"PRAGMA journal_mode = {_WAL}")
             db.close()
             with contextlib.suppress(FileExistsError):
                 path.hardlink_to(partial)
@@ -148,24 +155,53 @@ class Ledger:
             raise LedgerError(f"{directory}: there is no sweep here (no {FILE_NAME})")
         try:
             db = _connect(path, readonly=readonly)
+            _clean_up(path, db)
             row = db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
             if row is None or row[0] != str(FORMAT):
                 found = "none" if row is None else row[0]
                 raise LedgerError(f"{path}: format {found}, this version reads format {FORMAT}")
-            if not readonly:
-                db.execute("PRAGMA journal_mode = WAL")
+            if not readonly and _journal_mode(db) != _WAL:
+                db.execute(f"PRAGMA journal_mode = {_ROLLBACK}")
             return cls(path, db)
         except sqlite3.Error as error:
             raise _meaning(path, error) from error
 
+    def share(self, shared: bool) -> None:
+        """Let processes on other machines use the ledger too, or not any more. Its user holds the sweep's lease.
+
+        A write-ahead log needs memory that all of its users share. Without it, who reads keeps the writer waiting for a
+        moment, and a commit takes one more sync to the disk.
+
+        Raises:
+            LedgerError: others have it open.
+        """
+        wanted = _ROLLBACK if shared else _WAL
+        deadline = time.monotonic() + _SHARE_S
+        while (mode := _journal_mode(self._db)) != wanted:
+            try:
+                mode = self._db.execute(f"PRAGMA journal_mode = {wanted}").fetchone()[0]
+            except sqlite3.OperationalError as error:
+                if _primary(error) != sqlite3.SQLITE_BUSY:
+                    raise _meaning(self.path, error) from error
+            if mode != wanted and time.monotonic() > deadline:
+                raise LedgerError(
+                    f"{self.path}: another process reads it, and it must not while the sweep moves to"
+                    f" {'several machines' if shared else 'one machine'}; end that process ('repro-sweep logs -f'?)"
+                )
+            if mode != wanted:
+                time.sleep(_SHARE_LOOK_S)
+
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Read all at one instant, whatever the coordinator writes meanwhile."""
-        self._execute("BEGIN")
+    def snapshot(self) -> Iterator[Ledger]:
+        """All that stands in the ledger now, to be read for long: a copy, so that the coordinator can go on writing."""
+        copy = sqlite3.connect(":memory:", check_same_thread=False)
         try:
-            yield
+            self._db.backup(copy)
+            yield Ledger(self.path, copy)
+        except sqlite3.Error as error:
+            raise _meaning(self.path, error) from error
         finally:
-            self._db.rollback()
+            copy.close()
 
     def close(self) -> None:
         """Close the file; what was not committed is dropped."""
@@ -204,6 +240,8 @@ class Ledger:
                 self._check_epoch()
             self._db.commit()
         except sqlite3.Error as error:
+            if _primary(error) == sqlite3.SQLITE_BUSY:
+                raise UnwritableError(f"{self.path}: somebody reads it and does not end") from error
             raise _meaning(self.path, error) from error
 
     def rollback(self) -> None:
@@ -532,6 +570,15 @@ class Ledger:
         try:
             return self._db.execute(sql, args)
         except sqlite3.Error as error:
+            if _primary(error) == sqlite3.SQLITE_READONLY:
+                _clean_up(self.path, self._db)
+                return self._execute_again(sql, args)
+            raise _meaning(self.path, error) from error
+
+    def _execute_again(self, sql: str, args: Sequence[object]) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(sql, args)
+        except sqlite3.Error as error:
             raise _meaning(self.path, error) from error
 
     def _scalar_int(self, sql: str) -> int:
@@ -548,11 +595,30 @@ _ADD_NEW_REPORT = (
     " (SELECT 1 FROM reports WHERE trial = ? AND step = ? AND metrics = ? AND attempt <> ?)"
 )
 _BUSY_MS = 30_000
+_WAL = "wal"
+_ROLLBACK = "truncate"
+_SHARE_S = 10.0
+_SHARE_LOOK_S = 0.1
 
 
 def _primary(error: sqlite3.Error) -> int:
     """SQLite's primary result code."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _journal_mode(db: sqlite3.Connection) -> str:
+    return str(db.execute("PRAGMA journal_mode").fetchone()[0])
+
+
+def _clean_up(path: Path, reader: sqlite3.Connection) -> None:
+    """Undo what a writer that was killed within a commit has left, which one who only reads may not."""
+    try:
+        reader.execute("SELECT 1 FROM meta").fetchone()
+    except sqlite3.OperationalError as error:
+        if _primary(error) != sqlite3.SQLITE_READONLY:
+            raise
+        with contextlib.closing(_connect(path)) as writer:
+            writer.execute("SELECT 1 FROM meta").fetchone()
 
 
 def _meaning(path: Path, error: sqlite3.Error) -> LedgerError:

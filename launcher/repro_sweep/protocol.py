@@ -122,7 +122,8 @@ class Finish(Message):
 class Claim(Message):
     """Slot ``slot`` is free; ``attempt`` is the id that its next attempt shall have; wait at most ``wait_s`` for one.
 
-    ``finished`` is what the slot has just ended. Such a claim is answered at once, with or without a trial.
+    ``finished`` is what the slot has just ended. Such a claim is answered at once, with or without a trial. ``left_s``
+    is how long the worker may still run trials; None: as long as it likes.
     """
 
     worker: str
@@ -130,6 +131,7 @@ class Claim(Message):
     attempt: str
     wait_s: Annotated[float, Field(ge=0, le=60)] = 20.0
     finished: Finish | None = None
+    left_s: float | None = None
 
 
 class Heartbeat(Message):

@@ -1,10 +1,15 @@
-"""The coordinator's HTTP side: FastAPI on a Unix socket that only the user can open."""
+"""The coordinator's HTTP side: FastAPI on a Unix socket that only the user can open, and on TCP for other machines.
+
+Over TCP, each message must carry the sweep's token, which its user finds in ``coordinator.json``.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import http
+import secrets
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,10 +21,11 @@ from fastapi import FastAPI, Request, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from repro_sweep import protocol
-from repro_sweep.errors import LeaseLostError, LedgerError
+from repro_sweep.errors import LeaseLostError, LedgerError, SweepError
 from repro_sweep.failpoints import failpoint
 from repro_sweep.progress import Progress
 
+ANY_HOST = "*"
 _LONGEST_FOLDER = 70  # a socket's path has 108 bytes at most
 
 
@@ -44,24 +50,41 @@ class _Uvicorn(uvicorn.Server):
 
 
 class Server:
-    """Serves a coordinator's handlers from :meth:`start` to :meth:`stop`."""
+    """Serves a coordinator's handlers from :meth:`start` to :meth:`stop`.
 
-    def __init__(self, handlers: Handlers) -> None:
+    Args:
+        handlers: answers the messages.
+        host: the name or address at which other machines reach this one, ``*`` for any of its own; None: they need not.
+    """
+
+    def __init__(self, handlers: Handlers, host: str | None = None) -> None:
+        self._host = host
+        self.token = secrets.token_urlsafe(32) if host is not None else ""
+        """What messages over TCP must carry."""
+        self.tcp: tuple[str, ...] = ()
+        """Where it listens for other machines, once it does: ``host:port``, any of which will do."""
         short = "/tmp" if len(tempfile.gettempdir()) > _LONGEST_FOLDER else None  # noqa: S108  (a private folder in it)
         self._folder = tempfile.TemporaryDirectory(prefix="repro-sweep-", dir=short)
         self.path = str(Path(self._folder.name) / "coordinator.sock")
         config = uvicorn.Config(
-            _app(handlers), log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=3600,
+            _app(handlers, self.token), log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=3600,
             timeout_graceful_shutdown=1,
         )  # fmt: skip
         self._server = _Uvicorn(config)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Listen; returns when connections are accepted."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(self.path)
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
+        """Listen; returns when connections are accepted.
+
+        Raises:
+            SweepError: it cannot listen at the host.
+        """
+        listeners = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)]
+        listeners[0].bind(self.path)
+        if self._host is not None:
+            listener, self.tcp = _listen(self._host)
+            listeners.append(listener)
+        self._task = asyncio.create_task(self._server.serve(sockets=listeners))
         while not self._server.started and not self._task.done():  # noqa: ASYNC110  (uvicorn has no event for it)
             await asyncio.sleep(0.01)
         if self._task.done():
@@ -75,7 +98,36 @@ class Server:
         self._folder.cleanup()
 
 
-def _app(handlers: Handlers) -> _Answering:
+def _listen(host: str) -> tuple[socket.socket, tuple[str, ...]]:
+    """A socket that waits for other machines, and the names under which they find it.
+
+    Raises:
+        SweepError: there is no such address here.
+    """
+    anywhere = host == ANY_HOST
+    try:
+        where = "0.0.0.0" if anywhere else host  # noqa: S104  (only who has the token is heard)
+        family, _, _, _, address = socket.getaddrinfo(where, 0, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.bind(address)
+    except OSError as error:
+        raise SweepError(f"the coordinator cannot listen at '{host}': {error}") from error
+    port = listener.getsockname()[1]
+    names = dict.fromkeys([socket.gethostname(), *_own_address()] if anywhere else [host])
+    return listener, tuple(f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in names)
+
+
+def _own_address() -> list[str]:
+    """The address from which this machine would speak to others; nothing is sent to find out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address that is nobody's, by RFC 5737
+            return [str(probe.getsockname()[0])]
+        except OSError:
+            return []
+
+
+def _app(handlers: Handlers, token: str) -> _Answering:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     paths: dict[str, Callable[..., Awaitable[object]]] = {
         "/register": handlers.register,
@@ -91,7 +143,7 @@ def _app(handlers: Handlers) -> _Answering:
         app.add_api_route(path, handler, methods=["POST"])
     app.add_exception_handler(LeaseLostError, _gone)
     app.add_exception_handler(LedgerError, _unavailable)
-    return _Answering(app)
+    return _Answering(app, token)
 
 
 def _gone(_request: Request, error: Exception) -> Response:
@@ -103,12 +155,20 @@ def _unavailable(_request: Request, error: Exception) -> Response:
 
 
 class _Answering:
-    """Passes by the failpoints before a message is handled and before it is answered."""
+    """Refuses who comes over TCP without the token; passes by the failpoints before and after a message is handled."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, token: str) -> None:
         self._app = app
+        self._wanted = f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        over_tcp = scope.get("client") is not None
+        given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        if over_tcp and not hmac.compare_digest(given, self._wanted):
+            await Response("not this sweep's token", status_code=http.HTTPStatus.UNAUTHORIZED)(
+                scope, receive, send
+            )
+            return
         name = scope.get("path", "")[1:]
         failpoint(f"{name}.received")
 

@@ -275,7 +275,8 @@ def specify(
     objectives = _objectives(options.metric, options.direction)
     gpus = options.resources.gpus_per_trial
     if gpus is None:
-        gpus = 1.0 if machine.inspect().gpus else 0.0
+        elsewhere = "gpus_per_node" in options.executor  # then this machine's own do not count
+        gpus = 1.0 if (options.executor.gpus_per_node if elsewhere else machine.inspect().gpus) else 0.0
     return SweepSpec(
         sweep_id=uuid.uuid4().hex,
         name=name,
@@ -288,6 +289,7 @@ def specify(
             mem_gb=None
             if options.resources.mem_gb_per_trial is None
             else _positive(options.resources.mem_gb_per_trial, "sweep.resources.mem_gb_per_trial"),
+            nodes=_nodes(options.resources.nodes_per_trial, str(choices.get("sweep/executor") or "local")),
         ),
         tracking=Tracking(
             uri=resolve_uri(options.tracking.uri, cwd, os.environ),
@@ -308,6 +310,7 @@ def specify(
         limits=_limits(options),
         code=code_fingerprint(cwd),
         reuse=options.reuse,
+        detach=options.detach,
         objectives=objectives if len(objectives) > 1 else (),
         pruner=_pruner(options.pruner, choices.get("sweep/pruner"), "sweep/pruner"),
         search=_search(options, sampler, choices.get("sweep/repeats_pruner"), params, overrides),
@@ -493,6 +496,18 @@ def _not_negative(value: _Number, where: str) -> _Number:
     if value is not None and value < 0:
         raise SweepError(f"{where}: must be at least 0, got {value}")
     return value
+
+
+def _nodes(nodes: int, executor: str) -> int:
+    if nodes < 1:
+        raise SweepError(f"sweep.resources.nodes_per_trial: must be at least 1, got {nodes}")
+    able = [name for name in sorted(executors.options()) if executors.spans_nodes(name)]
+    if nodes > 1 and executor not in able:
+        raise SweepError(
+            f"sweep.resources.nodes_per_trial: {nodes} nodes need sweep/executor={' or '.join(able)},"
+            f" this sweep has sweep/executor={executor}"
+        )
+    return nodes
 
 
 def _gpu_share(gpus: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from repro_sweep.sweep import SearchSpec, SweepSpec, TaskSpec
 from repro_sweep.tracking.uri import check_writable
 
 _SHOWN_PROBLEMS = 10
+_MANY = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,7 @@ class Submission:
     A search has no ``new`` ones: they are asked for while it runs. ``parameters`` are what it chooses; ``begin`` is the
     first step of one that is new, or differs from what its ledger holds; ``notices`` are for the user.
     ``for_optuna_sweeper``: the application was written for hydra-optuna-sweeper, and may want its file of results.
+    ``outlook``: what the executor says of its workers; there are no problems in it.
     """
 
     spec: SweepSpec
@@ -61,6 +63,7 @@ class Submission:
     begin: Mapping[str, Any] | None = None
     notices: tuple[str, ...] = ()
     for_optuna_sweeper: bool = False
+    outlook: executors.Outlook = field(default_factory=executors.Outlook)
 
     @property
     def to_run(self) -> int:
@@ -151,11 +154,28 @@ def prepare(
         if spec.search.custom_search_space is not None:
             custom_space.resolve(spec.search.custom_search_space)
         ready = expansion.search(space, spec.search)
-        return replace(ready, notices=(*asked.notices, *ready.notices), for_optuna_sweeper=asked.search)
+        ready = replace(ready, notices=(*asked.notices, *ready.notices), for_optuna_sweeper=asked.search)
+        return _look_ahead(ready)
     check(space, spec)
     searcher = searchers.load(spec.sampler).searcher(space)  # type: ignore[call-arg]  # a grid's only argument
     assert isinstance(searcher, searchers.Searcher)
-    return expansion.run(iter(searcher.ask, None))
+    return _look_ahead(expansion.run(iter(searcher.ask, None)))
+
+
+def _look_ahead(ready: Submission) -> Submission:
+    """See that the workers can be started, where there is anything to run.
+
+    Raises:
+        SweepError: they cannot; with all reasons.
+    """
+    search = ready.spec.search
+    trials = ready.to_run if search is None else search.budget.trials or _MANY
+    if not trials:
+        return ready
+    outlook = executors.create(ready.spec).outlook(trials)
+    if outlook.problems:
+        raise SweepError("\n".join(outlook.problems))
+    return replace(ready, outlook=outlook)
 
 
 class _Expansion:
@@ -319,3 +339,8 @@ def _check_startable(spec: SweepSpec) -> None:
         )
     check_writable(spec.tracking.uri)
     executors.create(spec)
+    if spec.detach and executors.coordinator_job(spec) is None:
+        raise SweepError(
+            f"sweep.detach: sweep/executor={spec.executor_name} runs where the command does; choose one that submits"
+            " jobs, such as sweep/executor=slurm"
+        )

@@ -5,13 +5,13 @@ It is stored as JSON in the ledger. Nothing here needs the user's code.
 
 from __future__ import annotations
 
-import socket
 from getpass import getuser
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from repro_sweep import host
 from repro_sweep.states import Direction, FailureKind
 
 UNNAMED_METRIC = "objective"
@@ -62,11 +62,15 @@ class Composition(Record):
 
 
 class Resources(Record):
-    """What one trial is given. ``gpus`` may be a fraction (several trials on one GPU); memory is in GB."""
+    """What one trial is given on each of its ``nodes``.
+
+    ``gpus`` may be a fraction (several trials on one GPU); memory is in GB.
+    """
 
     cpus: float = 1.0
     gpus: float = 0.0
     mem_gb: float | None = None
+    nodes: int = 1
 
     @property
     def threads(self) -> int:
@@ -184,8 +188,7 @@ class Origin(Record):
             user = getuser()
         except (KeyError, OSError):  # a container's user id without a name
             user = "unknown"
-        host = socket.gethostname()
-        return cls(user=user, host=host, command=command, git_commit=git_commit, git_dirty=git_dirty)
+        return cls(user=user, host=host.name(), command=command, git_commit=git_commit, git_dirty=git_dirty)
 
 
 class SweepSpec(Record):
@@ -195,7 +198,8 @@ class SweepSpec(Record):
     executor named ``executor_name``. ``repeats`` are the keys over which results are averaged. ``created_at`` is
     seconds UTC. ``code`` is a fingerprint of the project's Python files; ``reuse``: take over what other sweeps in the
     same MLflow store have of the same points and the same code. ``objectives`` are set where there are several, the
-    first one being ``metric``. ``search`` is None for a grid. ``pruner`` ends trials that are not worth going on with.
+    first one being ``metric``. ``search`` is None for a grid. ``pruner`` ends trials that are not worth going on
+    with. ``detach``: the coordinator is a job of the executor's too.
     """
 
     sweep_id: str
@@ -221,6 +225,7 @@ class SweepSpec(Record):
     objectives: tuple[Objective, ...] = ()
     search: SearchSpec | None = None
     pruner: Chosen | None = None
+    detach: bool = False
 
     @property
     def ranked_by(self) -> str:

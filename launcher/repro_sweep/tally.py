@@ -33,6 +33,8 @@ class Tally:
         self._failures: list[Failure] = []
         self._cancelled = {number for number in cancelled if states.get(number) is TrialState.FAIL}
         self._retried = 0
+        self.longest_s = 60 * float(str(spec.executor.get("expected_trial_min") or 0.0))
+        """How long a trial takes at most, as far as is known."""
 
     def __contains__(self, number: int) -> bool:
         return number in self._states
@@ -71,7 +73,10 @@ class Tally:
     def ended(self, number: int, outcome: Outcome, *, again: bool, since: float, directory: str) -> None:
         """An attempt has ended that began at ``since`` (monotonic seconds)."""
         self.set_state(number, TrialState.WAITING if again else outcome.state)
-        self._meter.finished(time.monotonic() - since)
+        duration_s = time.monotonic() - since
+        self._meter.finished(duration_s)
+        if outcome.state is TrialState.COMPLETE:
+            self.longest_s = max(self.longest_s, duration_s)
         if again:
             self._retried += outcome.kind is not FailureKind.CANCELLED
         elif outcome.kind is FailureKind.CANCELLED:

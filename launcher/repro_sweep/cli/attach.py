@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _ASK_EVERY_S = 0.5
 _START_S = 30.0
+_FIRST_PAUSE_S = 1.0
+_PAUSE_S = 10.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,6 +55,8 @@ async def _watch(directory: Path) -> Holder | None:
     while True:
         found = _coordinator(directory)
         if found is None:
+            if await _await_job(directory):
+                continue
             return last
         last = found
         progress = await _first_answer(directory, found)
@@ -61,6 +65,24 @@ async def _watch(directory: Path) -> Holder | None:
         follower = _Follower(directory, found, progress)
         async with Display(follower.latest):
             await follower.follow()
+
+
+async def _await_job(directory: Path) -> bool:
+    """Wait while a job of the sweep's has no coordinator yet; returns whether there may be one now."""
+    from repro_sweep import detached
+
+    said, pause_s = "", _FIRST_PAUSE_S
+    while (job := await asyncio.to_thread(detached.find, directory)) is not None:
+        if job.describe() != said:
+            said = job.describe()
+            say(f"{said} is to run the sweep")
+        due = time.monotonic() + pause_s
+        pause_s = min(2 * pause_s, _PAUSE_S)
+        while time.monotonic() < due:
+            if _coordinator(directory) is not None:
+                return True
+            await asyncio.sleep(_ASK_EVERY_S)
+    return _coordinator(directory) is not None
 
 
 class _Follower:
@@ -105,9 +127,7 @@ async def _first_answer(directory: Path, holder: Holder) -> Progress | None:
         SweepError: it lives, and cannot be reached or does not answer.
     """
     from repro_sweep.cli import contact
-    from repro_sweep.errors import SweepError
 
-    contact.check_here(holder)
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         progress = await asyncio.to_thread(contact.ask_progress, directory, holder)
@@ -117,7 +137,7 @@ async def _first_answer(directory: Path, holder: Holder) -> Progress | None:
         if now is None or now.epoch != holder.epoch:
             return None
         await asyncio.sleep(_ASK_EVERY_S)
-    raise SweepError(f"the sweep's coordinator, {holder.describe()}, does not answer")
+    raise contact.no_answer(directory, holder)
 
 
 def _sum_up(directory: Path, last: Holder | None) -> int:

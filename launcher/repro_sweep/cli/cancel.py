@@ -7,6 +7,9 @@ from pathlib import Path
 
 from repro_sweep.cli.arguments import Parser, trial_numbers
 from repro_sweep.cli.main import say
+from repro_sweep.errors import SweepError
+
+_ITSELF_S = 10.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _stop(directory: Path) -> int:
+    from repro_sweep import detached
     from repro_sweep.cli import cancelling, contact, finding, summary
     from repro_sweep.ledger import Ledger
 
@@ -44,6 +48,12 @@ def _stop(directory: Path) -> int:
         running = len(ledger.open_attempts())
         holder = contact.coordinator_of(ledger)
         gone = True
+        job = detached.find(directory)
+        if job is not None and (holder is None or not contact.answers(directory, holder)):
+            say(f"cancelling {job.describe()}, which is to run sweep {name}")
+            if not detached.cancel(directory):
+                raise SweepError(f"{job.describe()} has not ended yet; try again")
+            holder = contact.await_end(ledger)
         if holder is not None:
             say(f"stopping sweep {name} ({holder.describe()})")
             gone = cancelling.with_coordinator(directory, holder, None)
@@ -57,10 +67,16 @@ def _stop(directory: Path) -> int:
         again = "" if finding.is_finished(ledger) else f"; 'repro-sweep resume {name}' goes on"
     finally:
         ledger.close()
+    if (
+        gone
+        and job is not None
+        and not (detached.await_end(directory, _ITSELF_S) or detached.cancel(directory))
+    ):
+        say(f"job {job.id} of its coordinator has not ended yet")
     if not gone and holder is not None:
         say(f"sweep {name} is stopping ({counts}), but process {holder.pid} has not ended yet{again}")
         return 1
-    word = "stopped" if holder is not None or running else "not running"
+    word = "stopped" if holder is not None or job is not None or running else "not running"
     say(f"sweep {name} is {word}: {counts}{again}")
     return 0
 

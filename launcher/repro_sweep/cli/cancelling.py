@@ -10,7 +10,6 @@ from pathlib import Path
 from repro_sweep import protocol
 from repro_sweep.cli import contact
 from repro_sweep.coordinator import Coordinator
-from repro_sweep.errors import SweepError
 from repro_sweep.executors import base as executors
 from repro_sweep.executors.base import WorkerState
 from repro_sweep.lease import Holder, Lease
@@ -32,14 +31,14 @@ def with_coordinator(directory: Path, holder: Holder, trials: tuple[int, ...] | 
     Raises:
         SweepError: it cannot be reached, or does not answer.
     """
-    contact.check_here(holder)
     if not contact.ask_cancel(directory, holder, trials):
-        raise SweepError(
-            f"the sweep's coordinator, {holder.describe()}, does not answer; if it is stuck, end that process and try"
-            " again"
-        )
+        raise contact.no_answer(directory, holder)
     if trials is None:
-        return _until(lambda: not contact.is_alive(directory, holder), _END_S)
+        ledger = Ledger.open(directory, readonly=True)
+        try:
+            return _until(lambda: not contact.is_still(ledger, holder), _END_S)
+        finally:
+            ledger.close()
     return _until(lambda: not _running(directory, trials), _KILL_S)
 
 
@@ -64,10 +63,10 @@ def without_coordinator(directory: Path, trials: tuple[int, ...] | None) -> None
 async def _serve(
     coordinator: Coordinator, lease: Lease, directory: Path, trials: tuple[int, ...] | None
 ) -> None:
-    server = Server(coordinator)
+    server = Server(coordinator, executors.host(coordinator.spec))
     try:
         await server.start()
-        lease.announce(server.path)
+        lease.announce(server.path, server.tcp, server.token)
         if trials is None:
             coordinator.stop()
             await coordinator.run(executors.create(coordinator.spec, server.path))

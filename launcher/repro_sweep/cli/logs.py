@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _READ_EVERY_S = 0.1
 _LOOK_EVERY_S = 0.5
+_ASK_EVERY_S = 10.0
 _CHUNK = 1 << 20
 
 
@@ -77,6 +78,8 @@ class _Log:
 
         self._ledger = ledger
         self._number = number
+        self._asked_at = float("-inf")
+        self._job_exists = False
         self._path = ledger.path.parent / ledger.trial(number).directory / LOG_NAME
 
     def show(self, lines: int | None, *, follow: bool) -> int:
@@ -123,9 +126,15 @@ class _Log:
         return self._ledger.trial(self._number)
 
     def _has_coordinator(self) -> bool:
+        from repro_sweep import detached
         from repro_sweep.cli.contact import coordinator_of
 
-        return coordinator_of(self._ledger) is not None
+        if coordinator_of(self._ledger) is not None:
+            return True
+        now = time.monotonic()
+        if now - self._asked_at > _ASK_EVERY_S:
+            self._job_exists, self._asked_at = detached.find(self._ledger.path.parent) is not None, now
+        return self._job_exists
 
     def _how_to_go_on(self) -> str:
         from repro_sweep.cli.finding import reference

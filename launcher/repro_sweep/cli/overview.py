@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from repro_sweep import spool
+from repro_sweep import detached, host, spool
 from repro_sweep.cli import contact, finding
 from repro_sweep.cli.backlog import lacking
 from repro_sweep.errors import ReproSweepError
@@ -34,6 +34,15 @@ class Coordinator:
     epoch: int
     alive: bool
     answers: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The job that a detached sweep's coordinator is or will be: ``state`` and ``reason`` are SLURM's own words."""
+
+    id: str
+    state: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +102,7 @@ class Overview:
     direction: Direction
     best: Best | None
     coordinator: Coordinator | None
+    job: Job | None
     slots: int | None
     busy: float | None
     seconds_left: float | None
@@ -134,6 +144,7 @@ def _look(ledger: Ledger, directory: Path) -> Overview:
             pid=holder.pid, host=holder.host, since=holder.since, epoch=holder.epoch, alive=alive,
             answers=progress is not None,
         )  # fmt: skip
+    job = detached.find(directory)
     return Overview(
         name=spec.name,
         directory=str(directory),
@@ -145,6 +156,7 @@ def _look(ledger: Ledger, directory: Path) -> Overview:
         direction=spec.direction,
         best=_best(spec, attempts),
         coordinator=coordinator,
+        job=None if job is None else Job(id=job.id, state=job.state, reason=job.reason),
         slots=None if progress is None else progress.slots,
         busy=None if progress is None else progress.busy,
         seconds_left=None if progress is None else progress.seconds_left,
@@ -222,15 +234,13 @@ def _last_report(
 
 def _workers(spec: SweepSpec, attempts: Iterable[Attempt]) -> dict[str, str]:
     """Whether the workers of attempts live, as far as the executor can tell from here."""
-    import socket
-
     from repro_sweep.executors import base as executors
 
     try:
         states = executors.create(spec).poll()
     except ReproSweepError:  # it belongs to another machine
         return {}
-    here = socket.gethostname()
+    here = host.name()
     ended = {attempt.worker: "ENDED" for attempt in attempts if attempt.host == here}
     return ended | {worker: str(status.state) for worker, status in states.items()}
 

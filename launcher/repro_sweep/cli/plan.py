@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from repro_sweep.executors import base as executors
@@ -14,7 +15,8 @@ HELP = """\
 repro-sweep plan OVERRIDE...
 
 Expands, composes and checks a sweep as 'repro-sweep OVERRIDE...' would, and shows its trials, how many are done
-already, and what it would run on. Nothing is started or written.
+already, and what it would run on: with sweep/executor=slurm also the job script, after the cluster was asked whether
+it can run that. Nothing is started, submitted or written.
 """
 _SHOWN = 50
 _SHOWN_CHOICES = 8
@@ -52,6 +54,8 @@ def show(submission: Submission) -> int:
         print(f"duplicates  {submission.duplicates} points have the config of another one")
     print(f"resources   {_resources(submission)}")
     print(f"runs on     {executors.create(spec).describe()} (sweep/executor={spec.executor_name})")
+    for note in submission.outlook.notes:
+        print(f"            {note}")
     print(f"directory   {spec.directory}")
     print(f"MLflow      {spec.tracking.uri}, experiment {spec.tracking.experiment}")
     if submission.again:
@@ -61,6 +65,8 @@ def show(submission: Submission) -> int:
         print(f"  {trial.number:>6}  {' '.join(trial.overrides)}")
     if len(submission.new) > _SHOWN:
         print(f"          … and {len(submission.new) - _SHOWN} more")
+    if submission.outlook.script:
+        print(f"job script\n{textwrap.indent(submission.outlook.script.rstrip(), '  | ', lambda _: True)}")
     sys.stdout.flush()
     return 0
 
@@ -104,4 +110,5 @@ def _resources(submission: Submission) -> str:
     parts = [f"{resources.cpus:g} CPUs", f"{resources.gpus:g} GPUs"]
     if resources.mem_gb is not None:
         parts.append(f"{resources.mem_gb:g} GB")
-    return ", ".join(parts) + " a trial"
+    text = ", ".join(parts)
+    return f"{resources.nodes} nodes a trial, each with {text}" if resources.nodes > 1 else f"{text} a trial"

@@ -29,6 +29,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "trials", metavar="TRIAL", nargs="*", default=[], help="cancelled trials to run after all"
     )
+    parser.add_argument(
+        "--here",
+        action="store_true",
+        help="run the coordinator in this process, also where sweep.detach is set",
+    )
     args = parser.parse_args(arguments)
     named = trial_numbers(args.trials)
 
@@ -37,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     directory = find(args.name)
     if _has_nothing_left(directory, named):
         return 0
-    return _run(directory, named)
+    return _run(directory, named, here=args.here)
 
 
 def _has_nothing_left(directory: Path, named: Sequence[int]) -> bool:
@@ -78,7 +83,7 @@ def _check(ledger: Ledger, named: Sequence[int]) -> None:
             )
 
 
-def _run(directory: Path, named: Sequence[int]) -> int:
+def _run(directory: Path, named: Sequence[int], *, here: bool) -> int:
     from repro_sweep.cli import session, summary
     from repro_sweep.cli.finding import failed
     from repro_sweep.ledger import Ledger
@@ -91,7 +96,10 @@ def _run(directory: Path, named: Sequence[int]) -> int:
         ledger.commit()
         say(f"resumed: {summary.tally(ledger)}")
 
-    return session.run(ledger, ledger.spec.name, record)
+    spec = ledger.spec
+    if spec.detach and not here:
+        return session.submit(ledger, spec.name, record)
+    return session.run(ledger, spec.name, record)
 
 
 def _with_code_of_today(spec: SweepSpec) -> SweepSpec:

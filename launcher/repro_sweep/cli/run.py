@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from repro_sweep.cli import plan as planning
 from repro_sweep.cli.main import INTERRUPTED, fail, say
 from repro_sweep.cli.sweep import command_line, named_by_sweep
 from repro_sweep.errors import ReproSweepError, SweepError
+from repro_sweep.executors import base as executors
 from repro_sweep.ledger import FILE_NAME, Ledger
 from repro_sweep.submission import Submission, prepare
 
@@ -42,6 +44,9 @@ def run(submission: Submission) -> int:
     Raises:
         ReproSweepError: it cannot be started, or cannot go on.
     """
+    # it needs FastAPI, for which what is refused, or only shown, need not wait
+    from repro_sweep.cli import session, summary
+
     spec = submission.spec
     directory = Path(spec.directory)
     try:
@@ -49,20 +54,26 @@ def run(submission: Submission) -> int:
     except OSError as error:
         raise SweepError(f"hydra.sweep.dir: {directory} cannot be used: {error}") from error
     exists = (directory / FILE_NAME).exists()
-    ledger = Ledger.open(directory) if exists else Ledger.create(directory, spec)
+    spread = executors.is_spread(spec)
+    ledger = Ledger.open(directory) if exists else Ledger.create(directory, spec, shared=spread)
+    job = os.environ.get("SLURM_JOB_ID", "") if session.is_kept() else ""
+    again = os.environ.get(session.KEPT) == session.AGAIN
 
     def record(ledger: Ledger) -> None:
+        if again and ledger.meta("job") == job:  # this job's own command: the sweep goes on as it is
+            say(f"goes on: {summary.tally(ledger)}")
+            return
+        ledger.set_meta("job", job)
         submission.record(ledger)
-        for notice in submission.notices:
+        for notice in (*submission.notices, *submission.outlook.notes):
             say(notice)
         if spec.search is None:
             _say_what_is_done(submission)
         else:
             _say_what_is_known(submission)
 
-    # it needs FastAPI, for which what is refused, or only shown, need not wait
-    from repro_sweep.cli import session
-
+    if spec.detach:
+        return session.submit(ledger, spec.name, record)
     code = session.run(ledger, spec.name, record)
     if submission.for_optuna_sweeper:
         optuna_results.write(directory)

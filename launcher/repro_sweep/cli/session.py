@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from repro_sweep import protocol
+from repro_sweep import detached, protocol
 from repro_sweep.asking import AskingProcess
 from repro_sweep.cli.display import Display
+from repro_sweep.cli.finding import reference
 from repro_sweep.cli.main import INTERRUPTED, say
 from repro_sweep.cli.reporting import write_report
 from repro_sweep.cli.reusing import reusing
@@ -23,7 +26,15 @@ from repro_sweep.ledger import Ledger
 from repro_sweep.server import Server
 from repro_sweep.tracking.process import TrackerProcess
 
+HANDED_OVER = 75
+"""The exit status of a coordinator that leaves its workers to the next one."""
+KEPT = "REPRO_SWEEP_KEPT"
+"""Set for a coordinator that a job's keeper has started (see ``keeper``): :data:`FIRST` or :data:`AGAIN`."""
+FIRST = "first"
+AGAIN = "again"
 _HURRY_S = 10.0
+_JOB_ENDS_S = 10.0
+_LOOK_S = 0.5
 
 
 def run(ledger: Ledger, name: str, record: Callable[[Ledger], None]) -> int:
@@ -32,16 +43,82 @@ def run(ledger: Ledger, name: str, record: Callable[[Ledger], None]) -> int:
     Raises:
         ReproSweepError: it cannot be started, or cannot go on.
     """
+    kept = is_kept()
     try:
-        lease = Lease.acquire(ledger, name)
-        record(ledger)
+        lease = begin(ledger, name, record)
     except BaseException:
         ledger.close()
         raise
+    os.environ.pop(KEPT, None)  # not for what this process starts
     try:
-        return asyncio.run(_Session(ledger, lease).run())
+        return asyncio.run(_Session(ledger, lease, kept=kept).run())
     except LeaseLostError as error:
         raise _superseded(Path(ledger.path).parent, name) from error
+
+
+def submit(ledger: Ledger, name: str, record: Callable[[Ledger], None]) -> int:
+    """Take a sweep's lease, ``record`` what is new in its ledger, and submit its coordinator as a job.
+
+    Raises:
+        ReproSweepError: it cannot be started.
+    """
+    try:
+        lease = begin(ledger, name, record)
+        try:
+            spec = ledger.spec
+            job = detached.submit(spec)
+        finally:
+            _give_back(lease, ledger)
+    finally:
+        ledger.close()
+    directory = Path(spec.directory)
+    known = reference(directory)
+    say(
+        f"job {job} runs sweep {known}; 'repro-sweep status {known}' and 'repro-sweep attach {known}' show how it is,"
+        f" 'repro-sweep cancel {known}' stops it; it writes to {detached.output(directory, job)}"
+    )
+    return 0
+
+
+def begin(ledger: Ledger, name: str, record: Callable[[Ledger], None]) -> Lease:
+    """Take a sweep's lease and ``record`` what is new in its ledger.
+
+    Raises:
+        ReproSweepError: somebody else runs the sweep or is about to, or the ledger cannot be written.
+    """
+    lease = Lease.acquire(ledger, name, patient=is_kept())
+    try:
+        if not is_kept():
+            _check_job(ledger.path.parent, name)
+        record(ledger)
+        ledger.share(executors.is_spread(ledger.spec))
+    except BaseException:
+        ledger.rollback()
+        _give_back(lease, ledger)
+        raise
+    return lease
+
+
+def is_kept() -> bool:
+    """Whether this process is a job's coordinator, started by its keeper."""
+    return KEPT in os.environ
+
+
+def _check_job(directory: Path, name: str) -> None:
+    """See that no job is the sweep's coordinator or will be; one that has just done its work may end first."""
+    deadline = time.monotonic() + _JOB_ENDS_S
+    while (job := detached.find(directory)) is not None and job.state != detached.UNKNOWN:
+        if job.waits or time.monotonic() > deadline:
+            raise detached.refusal(job, name)
+        time.sleep(_LOOK_S)
+
+
+def _give_back(lease: Lease, ledger: Ledger) -> None:
+    try:
+        lease.release(ledger)
+        ledger.commit()
+    finally:
+        lease.drop()
 
 
 def _superseded(directory: Path, name: str) -> ReproSweepError:
@@ -76,7 +153,9 @@ class _Coordinator(Coordinator):
 class _Session:
     """One run of a coordinator with everything around it."""
 
-    def __init__(self, ledger: Ledger, lease: Lease) -> None:
+    def __init__(self, ledger: Ledger, lease: Lease, *, kept: bool) -> None:
+        self._kept = kept
+        self._left = False
         self._spec = ledger.spec
         self._ledger = ledger
         self._lease = lease
@@ -97,15 +176,16 @@ class _Session:
         await self._tracker.start()
         if self._asker is not None:
             await self._asker.start()
-        server = Server(self._coordinator)
+        server = Server(self._coordinator, executors.host(self._spec))
         try:
             await server.start()
             async with Display(self._coordinator.progress):
-                self._lease.announce(server.path)
+                self._lease.announce(server.path, server.tcp, server.token)
                 async with reusing(self._spec, self._coordinator, self._tracker) as self._reusing:
                     await self._coordinator.run(executors.create(self._spec, server.path))
-                await self._report()
-                left = await self._upload()
+                if not self._left:
+                    await self._report()
+                    left = await self._upload()
             error = self._tracker.progress.error
         finally:
             await server.stop()
@@ -113,8 +193,10 @@ class _Session:
                 await self._asker.kill()
             await self._tracker.kill()
             await self._coordinator.close()
+        if self._left:
+            return HANDED_OVER
         failed = summarise(self._spec, self._coordinator.progress(), left, error)
-        return INTERRUPTED if self._interrupts else int(failed)
+        return INTERRUPTED if self._interrupts or self._coordinator.abandoned else int(failed)
 
     async def _report(self) -> None:
         """Draw a search's report, which MLflow gets too, unless the user is in a hurry."""
@@ -150,7 +232,10 @@ class _Session:
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        end = self._leave if self._kept and executors.is_remote(self._spec) else self._terminate
+        loop.add_signal_handler(signal.SIGTERM, end)
+        if self._kept:
+            loop.add_signal_handler(signal.SIGUSR2, end)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go, the sweep goes on
 
     def _interrupt(self) -> None:
@@ -166,6 +251,15 @@ class _Session:
                 self._reusing.cancel()
         else:
             say("interrupted again: running trials are stopped")
+            self._terminate()
+
+    def _leave(self) -> None:
+        """Leave the workers to the next coordinator; what is over but for MLflow's share ends as usual."""
+        if self._uploading is None and self._reporting is None:
+            say("this coordinator ends; its workers go on, and the next one takes over")
+            self._left = True
+            self._coordinator.leave()
+        else:
             self._terminate()
 
     def _terminate(self) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from repro_sweep.cli.arguments import Parser
 
 if TYPE_CHECKING:
-    from repro_sweep.cli.overview import Overview, Running
+    from repro_sweep.cli.overview import Job, Overview, Running
 
 _SHOWN = 10
 _SHOWN_RUNNING = 40
@@ -110,9 +110,12 @@ def _coordinator(overview: Overview, name: str) -> str:
     go_on = ""
     if not overview.finished:
         go_on = f"; 'repro-sweep resume {name}' {'goes on' if left else 'runs again what failed'}"
+    job = overview.job
+    if job is not None and (found is None or not found.alive):
+        return f"none yet: {_waiting(job)}; 'repro-sweep cancel {name}' cancels it"
     if found is None:
         return f"none{go_on}"
-    who = f"process {found.pid} on {found.host}"
+    who = f"process {found.pid} on {found.host}" + (f", job {job.id}," if job is not None else "")
     since = f"since {_clock(found.since)} (epoch {found.epoch})"
     if not found.alive:
         return f"none: {who} died{go_on}"
@@ -120,6 +123,14 @@ def _coordinator(overview: Overview, name: str) -> str:
         starting = time.time() - found.since < _START_S
         return f"{who} {since} {'is starting' if starting else 'does not answer'}"
     return f"{who} {since}" + (", nothing new starts" if overview.draining else "")
+
+
+def _waiting(job: Job) -> str:
+    if job.state == "PENDING":
+        return f"job {job.id} waits in SLURM's queue" + (f" ({job.reason})" if job.reason else "")
+    if job.state == "UNKNOWN":
+        return f"job {job.id} was submitted, and SLURM does not say how it is"
+    return f"job {job.id} is {job.state}, its coordinator starts"
 
 
 def _retries(overview: Overview) -> str:

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("name", metavar="NAME", help="the sweep's name, or its directory")
     args = parser.parse_args(arguments)
 
+    from repro_sweep import detached
     from repro_sweep.cli import contact
     from repro_sweep.cli.display import runs
     from repro_sweep.cli.finding import check_place, find, reference
@@ -48,6 +49,10 @@ def main(arguments: Sequence[str]) -> int:
             progress = contact.ask_progress(directory, holder)
             left = "" if progress is None else f": {runs(progress.not_tracked)} on the way"
             say(f"sweep {name} is running, {holder.describe()}, and does this itself{left}")
+            return 0
+        job = detached.find(directory)
+        if job is not None:
+            say(f"{job.describe()} is to run sweep {name}, and does this itself")
             return 0
         check_place(directory, ledger)
     finally:

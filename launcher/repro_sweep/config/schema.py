@@ -23,12 +23,14 @@ class ResourcesConf:
     """What one trial is given.
 
     ``gpus_per_trial``: null means one where the machine has GPUs, else none; below 1, several trials share a GPU.
-    ``cpus_per_trial`` also limits the threads of the numeric libraries.
+    ``cpus_per_trial`` also limits the threads of the numeric libraries. ``nodes_per_trial``: a trial runs on so many
+    nodes at once (one process on each), and has its GPUs, CPUs and memory on each of them.
     """
 
     gpus_per_trial: float | None = None
     cpus_per_trial: float = 1.0
     mem_gb_per_trial: float | None = None
+    nodes_per_trial: int = 1
 
 
 @dataclass
@@ -99,6 +101,7 @@ class SweepConf:
     orphan_timeout_min: float = 10.0
     min_free_mb: float = 100.0
     reuse: bool = True
+    detach: bool = False
 
 
 @dataclass

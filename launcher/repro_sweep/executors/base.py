@@ -8,11 +8,13 @@ a dataclass with the typed options of ``sweep/executor=<name>``, and ``EXECUTOR`
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import ModuleType
+from typing import Any
 
 from repro_sweep import plugins
 from repro_sweep.errors import SweepError
@@ -23,26 +25,52 @@ _PACKAGE = "repro_sweep.executors"
 
 
 class WorkerState(StrEnum):
-    """How a worker is, as its executor sees it. Unknown is alive: only what surely ended has ended."""
+    """How a worker is, as its executor sees it. Unknown is alive: only what surely ended has ended.
+
+    MISSING: nothing knows of it any more; it has ended if it does not speak with its coordinator either.
+    """
 
     ALIVE = "ALIVE"
+    MISSING = "MISSING"
     ENDED = "ENDED"
+
+
+class Cause(StrEnum):
+    """Why a worker ended: of its own accord or by its own fault, killed, sent away by its cluster, or by the user."""
+
+    OWN = "OWN"
+    KILLED = "KILLED"
+    EVICTED = "EVICTED"
+    CANCELLED = "CANCELLED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """A worker's state; ``detail`` says in one line why it ended."""
+    """A worker's state; ``detail`` says in one line why it ended, ``cause`` whose doing that was."""
 
     state: WorkerState
     detail: str | None = None
+    cause: Cause = Cause.OWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What an executor gets: the sweep, and the Unix socket at which its coordinator listens."""
+    """What an executor gets: the sweep, and the Unix socket at which its coordinator listens on this machine."""
 
     spec: SweepSpec
     socket: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What would become of a sweep's workers, before any is started; one line each.
+
+    ``problems`` would keep them from ever running, ``notes`` are worth knowing, ``script`` is what starts them.
+    """
+
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    script: str = ""
 
 
 class Executor(ABC):
@@ -54,6 +82,11 @@ class Executor(ABC):
     def describe(self) -> str:
         """What it offers, in a few words, for ``repro-sweep plan``."""
         return type(self).__name__
+
+    def outlook(self, trials: int) -> Outlook:
+        """Ask whatever runs the workers whether it can, for so many trials; takes seconds at most, starts nothing."""
+        del trials
+        return Outlook()
 
     @abstractmethod
     def wanted(self, trials: int) -> int:
@@ -104,6 +137,38 @@ def create(spec: SweepSpec, socket: str = "") -> Executor:
     module = load(spec.executor_name)
     executor: Executor = module.EXECUTOR(Context(spec=spec, socket=socket), module.OPTIONS(**spec.executor))
     return executor
+
+
+def is_remote(spec: SweepSpec) -> bool:
+    """Whether the workers are on other machines."""
+    return bool(getattr(load(spec.executor_name), "REMOTE", False))
+
+
+def is_spread(spec: SweepSpec) -> bool:
+    """Whether other machines take part: the workers', or the login node from which its user looks after a job."""
+    return is_remote(spec) or "SLURM_JOB_ID" in os.environ
+
+
+def host(spec: SweepSpec) -> str | None:
+    """Where the coordinator must listen for other machines (``server.Server``); None: there are none."""
+    if not is_spread(spec):
+        return None
+    given = spec.executor.get("host")
+    return "*" if given is None else str(given)
+
+
+def spans_nodes(name: str) -> bool:
+    """Whether the workers of an executor may have several nodes each."""
+    return bool(getattr(load(name), "SPANS_NODES", False))
+
+
+def coordinator_job(spec: SweepSpec) -> Mapping[str, Any] | None:
+    """How the coordinator itself is submitted as a job (``submitting.Submission``'s parameters); None: it cannot be."""
+    module = load(spec.executor_name)
+    if not hasattr(module, "coordinator_job"):
+        return None
+    found: Mapping[str, Any] = module.coordinator_job(module.OPTIONS(**spec.executor))
+    return found
 
 
 def options() -> dict[str, type]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from repro_sweep import machine
+from repro_sweep import host, machine
 from repro_sweep.errors import SweepError
-from repro_sweep.executors.base import Context, Executor, WorkerState, WorkerStatus
+from repro_sweep.executors.base import Cause, Context, Executor, WorkerState, WorkerStatus
 from repro_sweep.lease import started_at
 from repro_sweep.spool import worker_directory, write_file
 
@@ -83,10 +82,10 @@ class LocalExecutor(Executor):
         for path in Path(self._context.spec.directory).glob(f"workers/*/{_RECORD}"):
             try:
                 record = json.loads(path.read_text())
-                host, process = record["host"], _Process(record["pid"], record["started"])
+                where, process = record["host"], _Process(record["pid"], record["started"])
             except (OSError, ValueError, KeyError):
                 continue
-            if host == socket.gethostname() and path.parent.name not in self._workers:
+            if where == host.name() and path.parent.name not in self._workers:
                 self._workers[path.parent.name] = process
 
     def _start(self) -> str:
@@ -102,7 +101,7 @@ class LocalExecutor(Executor):
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
             self._workers[worker] = _Process(child.pid, started_at(child.pid), child)
-            record = {"host": socket.gethostname(), "pid": child.pid, "started": started_at(child.pid)}
+            record = {"host": host.name(), "pid": child.pid, "started": started_at(child.pid)}
             write_file(directory / _RECORD, json.dumps(record))
         except OSError as error:
             raise SweepError(f"sweep/executor=local: the worker cannot be started: {error}") from error
@@ -124,7 +123,8 @@ class _Process:
         code = self._child.poll()
         if code is None:
             return _ALIVE
-        return WorkerStatus(state=WorkerState.ENDED, detail=_ending(code))
+        cause = Cause.OWN if code >= 0 else Cause.KILLED
+        return WorkerStatus(state=WorkerState.ENDED, detail=_ending(code), cause=cause)
 
     def send(self, number: signal.Signals) -> None:
         if self._child is not None:

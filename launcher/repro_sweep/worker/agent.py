@@ -11,24 +11,25 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repro_sweep import protocol, spool
+from repro_sweep import host, protocol, spool
 from repro_sweep.errors import ProtocolError
 from repro_sweep.states import FailureKind
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.worker.attempt import Run, failure
+from repro_sweep.worker.attempt import Part, Run, failure
 from repro_sweep.worker.client import CoordinatorLostError
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.nursery import Nursery
 from repro_sweep.worker.outbox import Answer, Outbox
-from repro_sweep.worker.wire import STACKS_SIGNAL
+from repro_sweep.worker.ranks import Ranks, Team
+from repro_sweep.worker.wire import LEAVE_SIGNAL, STACKS_SIGNAL
 
 HEARTBEAT_S = 1.0
 _FLUSH_S = 0.25
@@ -36,14 +37,37 @@ _LOOK_S = 0.1
 _IDLE_S = 0.5
 _END_S = 10.0
 _FIRST_JOIN_S = 60.0
+_GRACE_S = 60.0
+_LEAST_GRACE_S = 2.0
 
 log = logging.getLogger(__name__)
 
 
 class Agent:
-    """A worker's slots, its zygote and its link to the coordinator."""
+    """A worker's slots, its zygote and its link to the coordinator.
 
-    def __init__(self, worker: str, directory: Path, socket_path: str, gpus: list[tuple[str, ...]]) -> None:
+    Args:
+        worker: its id.
+        directory: the sweep's.
+        socket_path: where its coordinator listens; None: on another machine, over TCP (see ``link``).
+        gpus: of each slot, the devices that its trials see.
+        ends_at: when it must have left, in seconds of the monotonic clock; None: whenever it likes.
+        team: the nodes that its trials span, all of them; None: this one.
+    """
+
+    def __init__(
+        self,
+        worker: str,
+        directory: Path,
+        socket_path: str | None,
+        gpus: Sequence[tuple[str, ...]],
+        *,
+        ends_at: float | None = None,
+        team: Team | None = None,
+    ) -> None:
+        self._team = team
+        self._ends_at = ends_at
+        self._leave_at: float | None = None
         self._worker = worker
         self._gpus = gpus
         self._link = Link(directory, socket_path, self._introduction)
@@ -59,6 +83,7 @@ class Agent:
     def work(self) -> bool:
         """Run trials until none is left, or until SIGTERM; returns whether all went well."""
         signal.signal(signal.SIGTERM, lambda *_: self._stopping.set())
+        signal.signal(LEAVE_SIGNAL, lambda *_: self._prepare_to_leave())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # inherited by trials until they are ready for it
@@ -80,6 +105,7 @@ class Agent:
             thread.start()
         while any(thread.is_alive() for thread in slots) and not self._stopping.is_set():
             self._look()
+            self._look_at_time()
             self._stopping.wait(_LOOK_S)
         self._end()
         return not self._failed
@@ -102,7 +128,7 @@ class Agent:
 
     def _introduction(self) -> protocol.Register:
         return protocol.Register(
-            worker=self._worker, host=socket.gethostname(), pid=os.getpid(), slots=len(self._gpus),
+            worker=self._worker, host=host.name(), pid=os.getpid(), slots=len(self._gpus),
             gpus=tuple(self._gpus), attempts=(*self._running, *self._claimed), spec=self._spec_text,
         )  # fmt: skip
 
@@ -113,6 +139,8 @@ class Agent:
             if registered is not None:
                 return registered
             self._stopping.wait(_LOOK_S)
+        if not self._stopping.is_set():
+            log.error("no coordinator in %.0f s: %s", _FIRST_JOIN_S, self._link.trouble)
         return None
 
     def _look(self) -> None:
@@ -127,6 +155,22 @@ class Agent:
         if not self._running and self._link.lost_for_s > 60 * self._spec.limits.orphan_timeout_min:
             log.warning("no coordinator for %g min: leaving", self._spec.limits.orphan_timeout_min)
             self._stopping.set()
+
+    def _prepare_to_leave(self) -> None:
+        """This worker's time is nearly over: take nothing new, and let trials save what they have."""
+        if self._leave_at is None:
+            left = _GRACE_S if self._ends_at is None else self._ends_at - time.monotonic()
+            self._leave_at = time.monotonic() + max(_LEAST_GRACE_S, left / 2)
+            log.warning("this worker's time is nearly over: its trials are interrupted")
+
+    def _look_at_time(self) -> None:
+        if self._leave_at is None:
+            return
+        for run in list(self._running.values()):
+            run.interrupt()
+        if time.monotonic() > self._leave_at:
+            for run in list(self._running.values()):
+                run.kill(FailureKind.PREEMPTED)
 
     def _kill(self, attempts: tuple[str, ...]) -> None:
         for run in [run for attempt, run in list(self._running.items()) if attempt in attempts]:
@@ -194,7 +238,7 @@ class Agent:
         finished: protocol.Finish | None = None
         try:
             with self._failing_on_refusal():
-                while not self._stopping.is_set() and self._nursery.failed is None:
+                while not self._stopping.is_set() and not self._leave_at and self._nursery.failed is None:
                     claimed, finished = self._claim(slot, finished), None
                     if claimed.assignment is not None:
                         finished = self._run(claimed.assignment)
@@ -212,18 +256,32 @@ class Agent:
 
     def _claim(self, slot: int, finished: protocol.Finish | None) -> protocol.Claimed:
         attempt = uuid.uuid4().hex
-        claim = protocol.Claim(worker=self._worker, slot=slot, attempt=attempt, finished=finished)
+        left_s = None if self._ends_at is None else self._ends_at - time.monotonic()
+        claim = protocol.Claim(
+            worker=self._worker, slot=slot, attempt=attempt, finished=finished, left_s=left_s
+        )
         self._claimed.add(attempt)
         try:
             claimed = self._link.post("/claim", claim, protocol.Claimed)
             if claimed.assignment is not None:
                 self._running[attempt] = Run(
-                    self, self._nursery, self._spec, claimed.assignment, self._gpus[slot]
+                    self,
+                    self._nursery,
+                    self._spec,
+                    claimed.assignment,
+                    self._gpus[slot],
+                    part=self._part(claimed.assignment),
                 )
         finally:
             self._claimed.discard(attempt)
         self._delivered(finished)
         return claimed
+
+    def _part(self, assignment: protocol.Assignment) -> Part | None:
+        if self._team is None:
+            return None
+        others = Ranks(self._team, self._spec_text, assignment)
+        return Part(0, others.environment, others)
 
     def _all_idle(self, slot: int) -> bool:
         """No trial will come; but if another slot still runs one, a new coordinator may have more."""
@@ -245,6 +303,9 @@ class Agent:
             log.exception("trial %d", assignment.trial)
             run.kill(FailureKind.EXCEPTION)
             result = failure(FailureKind.EXCEPTION, f"the worker failed: {error!r}")
+        if run.broken:
+            log.error("trial %d: %s: this worker leaves", assignment.trial, result.get("message"))
+            self._fail()
         return protocol.Finish(
             worker=self._worker,
             attempt=assignment.attempt,

@@ -11,18 +11,21 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from repro_sweep import protocol
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.worker import oom
+from repro_sweep.worker import oom, ranks
 from repro_sweep.worker.nursery import Child, Nursery
 from repro_sweep.worker.outbox import Answer
 from repro_sweep.worker.output import CappedLog
+from repro_sweep.worker.ranks import Ranks
 
-LOG_NAME = "trial.log"
+LOG_NAME = ranks.log_name(0)
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CHUNK = 1 << 18
 _DRAIN_S = 1.0
@@ -40,6 +43,18 @@ class Desk(Protocol):
         """The MLflow run of an attempt's trial."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which of the ranks of a trial that spans several nodes runs here, and what that adds to its environment.
+
+    ``others``: on rank 0's node, those that end with it.
+    """
+
+    rank: int
+    environment: Mapping[str, str]
+    others: Ranks | None = None
+
+
 class Run:
     """One attempt: its process, its output, its messages, its limits."""
 
@@ -50,7 +65,12 @@ class Run:
         spec: SweepSpec,
         assignment: protocol.Assignment,
         gpus: tuple[str, ...],
+        *,
+        part: Part | None = None,
     ) -> None:
+        self._part = part
+        self._others = None if part is None else part.others
+        self._joint: dict[str, Any] | None = None
         self._desk = desk
         self._nursery = nursery
         self._assignment = assignment
@@ -62,12 +82,15 @@ class Run:
         self._channel: socket.socket | None = None
         self._saying = threading.Lock()
         self._killed: FailureKind | None = None
+        self._interrupted = False
         self._buffer = b""
         self._started = self._reported = time.monotonic()
         self._stacks_until: float | None = None
         self._oom_kills = oom.kills()
         self._result: dict[str, Any] | None = None
         self.reported = False
+        self.over_at: float | None = None
+        """When its end was known, in seconds UTC."""
 
     def kill(self, kind: FailureKind) -> None:
         """Kill the trial with everything it started; the attempt fails as ``kind``."""
@@ -75,6 +98,19 @@ class Run:
             self._killed = kind
         if self._child is not None:
             self._nursery.kill(self._child)
+        if self._others is not None:
+            self._others.kill()
+
+    @property
+    def broken(self) -> bool:
+        """Whether a node that the trial needs is lost."""
+        return self._others is not None and self._others.broken
+
+    def interrupt(self) -> None:
+        """Tell the trial that its worker must leave: its next report raises ``TrialInterrupted``."""
+        if not self._interrupted:
+            self._interrupted = True
+            self._say({"leave": True}, socket.MSG_DONTWAIT)
 
     def run(self) -> dict[str, Any]:
         """Run the attempt to its end; returns the result's fields of :class:`protocol.Finish`."""
@@ -82,7 +118,7 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             with contextlib.ExitStack() as stack:
                 output = stack.enter_context(
-                    contextlib.closing(CappedLog(self.directory / LOG_NAME, self._log_limit))
+                    contextlib.closing(CappedLog(self.directory / self._log_name, self._log_limit))
                 )
                 if self._assignment.ordinal > 0:
                     output.write(f"[repro-sweep: attempt {self._assignment.ordinal + 1}]\n".encode())
@@ -91,13 +127,20 @@ class Run:
             kind = FailureKind.NODE_LOST if error.errno in FULL_DISK else FailureKind.EXCEPTION
             self.kill(kind)
             return failure(kind, f"its directory, log or process cannot be used: {error}")
-        return self._outcome()
+        return self._joint or self._outcome()
+
+    @property
+    def _log_name(self) -> str:
+        return ranks.log_name(0 if self._part is None else self._part.rank)
 
     def _run(self, stack: contextlib.ExitStack, output: CappedLog) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         stack.enter_context(ours)
         self._channel = ours
         stack.callback(self._hang_up)
+        if self._others is not None:
+            output.write(self._others.start(self._give_up).encode())
+            stack.callback(self._others.kill)
         read, write = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, read)
         try:
@@ -106,9 +149,19 @@ class Run:
         finally:
             os.close(write)
         stack.callback(self._child.close)
-        if self._killed is not None:
+        if self._killed is not None or (self._others is not None and self._others.failed):
             self._nursery.kill(self._child)
+        if self._interrupted:
+            self._say({"leave": True}, socket.MSG_DONTWAIT)
         self._attend(self._child, ours, read, output)
+        if self._others is not None:
+            whole = self._killed is None and (self._result is not None or not self._others.failed)
+            self._joint = self._others.settle(self._outcome(), self.over_at or time.time(), whole=whole)
+
+    def _give_up(self) -> None:
+        """Another rank has failed."""
+        if self._child is not None:
+            self._nursery.kill(self._child)
 
     def _request(self) -> dict[str, Any]:
         assignment = self._assignment
@@ -119,6 +172,8 @@ class Run:
             "config": assignment.config,
             "directory": str(self.directory),
             "gpus": list(self._gpus),
+            "rank": 0 if self._part is None else self._part.rank,
+            "environment": {} if self._part is None else dict(self._part.environment),
         }
 
     def _attend(self, child: Child, channel: socket.socket, output_fd: int, output: CappedLog) -> None:
@@ -141,6 +196,7 @@ class Run:
                         more = _read_output(output_fd, output)
                     else:
                         more = False
+                        self.over_at = self.over_at or time.time()
                         deadline = time.monotonic() + _DRAIN_S
                     if not more:
                         selector.unregister(key.fileobj)
@@ -183,6 +239,7 @@ class Run:
                 self._nursery.preload(message["imported"])
             else:
                 self._result = message["result"]
+                self.over_at = time.time()
         return bool(data)
 
     def _answer(self, seq: int, prune: bool) -> None:
@@ -221,6 +278,8 @@ class Run:
             return (
                 f"no report for {self._limits.stall_timeout_min:g} min (sweep.stall_timeout_min); see its log"
             )
+        if kind is FailureKind.PREEMPTED:
+            return "its worker had to leave"
         return "stopped"
 
     def _out_of_memory(self) -> bool:

@@ -1,4 +1,4 @@
-"""What its worker says to a trial: answers to what it asks, and verdicts on what it reports.
+"""What its worker says to a trial: answers to what it asks, verdicts on what it reports, and that it must leave.
 
 Nothing here may make a trial wait for long: where no verdict comes, training goes on.
 """
@@ -17,7 +17,7 @@ from typing import Any
 PATIENCE_S = 2.0
 """How long a report waits for its verdict."""
 _CHUNK = 1 << 16
-_STATE = struct.Struct("=q??")
+_STATE = struct.Struct("=q???")
 
 
 class Inbox:
@@ -35,12 +35,17 @@ class Inbox:
         self._answers: deque[dict[str, Any]] = deque()
         self._gone = False
         self._shared = mmap.mmap(-1, _STATE.size)
-        self._note(answered=-1, overdue=False, stop=False)
+        self._note(answered=-1, overdue=False, stop=False, leave=False)
 
     @property
     def stop(self) -> bool:
-        """Whether the trial was told to stop; it stays so."""
+        """Whether the trial was told to stop, as it is not worth going on with; it stays so."""
         return self._state()[2]
+
+    @property
+    def leave(self) -> bool:
+        """Whether the trial was told that its worker must leave; it stays so."""
+        return self._state()[3]
 
     def forked(self) -> None:
         """In a process that the trial has forked: what was read before is for the other one."""
@@ -66,12 +71,12 @@ class Inbox:
         """
         deadline = time.monotonic() + PATIENCE_S
         while not self._gone:
-            answered, overdue, stop = self._state()
-            if answered >= seq or overdue or stop:
+            answered, overdue, stop, leave = self._state()
+            if answered >= seq or overdue or stop or leave:
                 return
             left = deadline - time.monotonic()
             if left <= 0:
-                self._note(answered=answered, overdue=True, stop=stop)
+                self._note(answered=answered, overdue=True, stop=stop, leave=leave)
                 return
             self._take(left)
 
@@ -93,16 +98,19 @@ class Inbox:
             message = json.loads(line)
             if "verdict" in message:
                 seq, prune = message["verdict"]
-                answered, _, stop = self._state()
-                self._note(answered=max(seq, answered), overdue=False, stop=stop or prune)
+                answered, _, stop, leave = self._state()
+                self._note(answered=max(seq, answered), overdue=False, stop=stop or prune, leave=leave)
+            elif "leave" in message:
+                answered, overdue, stop, _ = self._state()
+                self._note(answered=answered, overdue=overdue, stop=stop, leave=True)
             else:
                 self._answers.append(message)
         return True
 
-    def _state(self) -> tuple[int, bool, bool]:
-        """The last report that was answered, whether a later one has waited in vain, whether the trial is to stop."""
-        answered, overdue, stop = _STATE.unpack_from(self._shared)
-        return answered, overdue, stop
+    def _state(self) -> tuple[int, bool, bool, bool]:
+        """The last report that was answered, whether a later one has waited in vain, whether to stop, or to leave."""
+        answered, overdue, stop, leave = _STATE.unpack_from(self._shared)
+        return answered, overdue, stop, leave
 
-    def _note(self, *, answered: int, overdue: bool, stop: bool) -> None:
-        _STATE.pack_into(self._shared, 0, answered, overdue, stop)
+    def _note(self, *, answered: int, overdue: bool, stop: bool, leave: bool) -> None:
+        _STATE.pack_into(self._shared, 0, answered, overdue, stop, leave)

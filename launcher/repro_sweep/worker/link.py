@@ -32,16 +32,21 @@ class Link:
 
     Args:
         directory: the sweep's, where coordinators announce themselves.
-        socket: where the first one listens.
+        socket: where the first one listens; None: on another machine, over TCP, as all that come later.
         introduce: makes the message by which the worker registers, now.
     """
 
-    def __init__(self, directory: Path, socket: str, introduce: Callable[[], protocol.Register]) -> None:
+    def __init__(
+        self, directory: Path, socket: str | None, introduce: Callable[[], protocol.Register]
+    ) -> None:
         self._directory = directory
         self._introduce = introduce
         announced = address_of(directory)
         epoch = announced.epoch if announced is not None and announced.socket == socket else 0
-        self._address = Address(epoch=epoch, socket=socket)
+        self._address = Address(epoch=epoch, socket=socket or "")
+        self._over_tcp = socket is None
+        self.trouble = "no coordinator has announced itself"
+        """Why there is none."""
         self._client: Client | None = None
         self._changed = threading.Condition()
         self._generation = 0
@@ -114,23 +119,31 @@ class Link:
             self._changed.notify_all()
 
     def _join(self, address: Address) -> protocol.Registered | None:
-        client = Client(address.socket, timeout_s=_JOIN_TIMEOUT_S)
+        for target in address.tcp if self._over_tcp else (address.socket,):
+            registered = self._join_at(target, address)
+            if registered is not None:
+                return registered
+        return None
+
+    def _join_at(self, target: str, address: Address) -> protocol.Registered | None:
+        client = Client(target, address.token, timeout_s=_JOIN_TIMEOUT_S)
         try:
             registered = client.post("/register", self._introduce(), protocol.Registered)
         except (CoordinatorLostError, ProtocolError) as error:
-            log.info("no coordinator at %s: %s", address.socket, error)
+            self.trouble = str(error)
+            log.info("no coordinator at %s: %s", target, error)
             return None
         finally:
             client.close()
         with self._changed:
             if self._client is not None:
                 self._client.close()
-            self._client = Client(address.socket)
+            self._client = Client(target, address.token)
             self._address = address
             self._generation += 1
             self._lost_at = None
             self._changed.notify_all()
-        log.info("registered at %s (epoch %d)", address.socket, address.epoch)
+        log.info("registered at %s (epoch %d)", target, address.epoch)
         return registered
 
     def _lose(self) -> None:

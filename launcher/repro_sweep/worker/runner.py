@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from repro_sweep import task as tasks
 from repro_sweep.config.compose import Composer
 from repro_sweep.config.yamltext import hydra_yaml, to_yaml
-from repro_sweep.errors import TrackingError, TrialPruned, UserError
+from repro_sweep.errors import TrackingError, TrialInterrupted, TrialPruned, UserError
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking import inside
@@ -95,7 +95,7 @@ class Runner:
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # text streams on descriptors
         faulthandler.enable(file=2)
         faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
-        context = trial.Context(
+        context = (trial.Follower if message["rank"] else trial.Context)(
             socket.socket(fileno=channel_fd),
             Path(message["directory"]),
             message["run"],
@@ -114,6 +114,8 @@ class Runner:
             inside.install(lambda: _find_run(context), uri=self._spec.tracking.uri)
             value = self._run_job(message, context)
             inside.settle()
+            if message["rank"]:
+                return {"state": TrialState.COMPLETE}
             return {"state": TrialState.COMPLETE, **final_metrics(value, context.last, self._spec)}
         except BaseException as error:  # noqa: BLE001  (user code: whatever it raises is the trial's failure)
             pruning = _pruning(error)
@@ -123,7 +125,7 @@ class Runner:
                 return {"state": TrialState.PRUNED, "metrics": context.last}
             inside.settle(failed=True)
             _print_exception(error)
-            kind = _kind(error)
+            kind = FailureKind.PREEMPTED if _gives_way(error, context) else _kind(error)
             return {
                 "state": TrialState.FAIL,
                 "kind": kind,
@@ -149,7 +151,7 @@ class Runner:
         if _changes_directory(node):
             os.chdir(context.directory)
         self._logging.enter(node)
-        if node.output_subdir is not None:
+        if node.output_subdir is not None and not message["rank"]:
             folder = context.directory / node.output_subdir
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(message["config"], encoding="utf-8")
@@ -203,6 +205,7 @@ def _enter_environment(spec: SweepSpec, message: Mapping[str, Any]) -> None:
     os.environ["REPRO_SWEEP_ATTEMPT"] = message["run"]
     if message["gpus"] is not None:
         os.environ[_GPUS] = ",".join(message["gpus"])
+    os.environ.update(message["environment"])
     threads.allow(spec.resources)
     random.seed()
     numpy_random = sys.modules.get("numpy.random")
@@ -249,6 +252,16 @@ def _pruning(error: BaseException) -> BaseException | None:
             break
         link = link.__cause__
     return link if isinstance(link, kinds) else None
+
+
+def _gives_way(error: BaseException, context: trial.Context) -> bool:
+    """Whether the task ended because its worker must leave: another attempt goes on, and nothing has failed."""
+    link: BaseException | None = error
+    for _ in range(_LONGEST_CHAIN):
+        if isinstance(link, TrialInterrupted):
+            return context.interrupted
+        link = link.__cause__ if link is not None else None
+    return False
 
 
 def _kind(error: BaseException) -> FailureKind:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repro_sweep.errors import ReproSweepError, TrialPruned
+from repro_sweep.errors import ReproSweepError, TrialInterrupted, TrialPruned
 from repro_sweep.spool import ReportLog
 from repro_sweep.worker.inbox import Inbox
 
@@ -75,25 +75,44 @@ class Context:
 
         Raises:
             TrialPruned: the trial is not worth going on with.
+            TrialInterrupted: its worker must leave.
         """
         now = time.time()
         with self._lock, self._reports.turn():
             self.last.update(metrics)
             seq = self._reports.add(step, now, metrics)
             report = {"seq": seq, "step": step, "time": now, "metrics": dict(metrics)}
+            self._inbox.hear()
             if self._judged is None:
                 self._say({"report": report})
-                return
-            self._inbox.hear()
-            asks = self._judged in metrics and not self._inbox.stop
-            self._say({"report": report, "asks": asks})
-            if asks:
-                self._inbox.await_verdict(seq)
-            if self._inbox.stop:
-                raise TrialPruned(f"step {step}: the trial is not worth going on with")
+            else:
+                asks = self._judged in metrics and not self._inbox.stop
+                self._say({"report": report, "asks": asks})
+                if asks:
+                    self._inbox.await_verdict(seq)
+                if self._inbox.stop:
+                    raise TrialPruned(f"step {step}: the trial is not worth going on with")
+            if self._inbox.leave:
+                raise TrialInterrupted(
+                    f"step {step}: its worker must leave, another one goes on with the trial"
+                )
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the trial was told that its worker must leave."""
+        return self._inbox.leave
 
     def _say(self, message: Mapping[str, object]) -> None:
         self._channel.sendall(json.dumps(message).encode() + b"\n")
+
+
+class Follower(Context):
+    """The link of a rank that is not the first one of its trial: what it reports goes nowhere."""
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Rank 0 reports, and hears whether to go on; when it ends, so does this one."""
+        del step
+        self.last.update(metrics)
 
 
 _MOST_STEPS = 2**63
@@ -121,6 +140,8 @@ def report(step: int, /, **metrics: float) -> None:
         TypeError: ``step`` is no whole number, or a metric is no number.
         TrialPruned: the sweep has a pruner, and this trial is not worth going on with. It is raised again by each later
             call; a task that lets it through ends as PRUNED, with the last value of each metric.
+        TrialInterrupted: the trial's worker must leave soon, as its time on the cluster is over. The trial goes on
+            elsewhere, from its checkpoints.
     """
     if not isinstance(step, numbers.Integral) or isinstance(step, bool):
         raise TypeError(f"report: step must be a whole number, got {step!r}")

@@ -12,6 +12,8 @@ from typing import Any
 
 _LENGTH = struct.Struct("!I")
 _MAX_FDS = 2
+LEAVE_SIGNAL = signal.SIGUSR2
+"""Tells an agent that its time is nearly over: submitit lets SLURM send it before a time limit."""
 STACKS_SIGNAL = signal.SIGRTMIN + 7
 """Makes a trial write its Python stacks to its log; a real-time signal, which leaves all others to the task."""
 

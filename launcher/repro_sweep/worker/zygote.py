@@ -180,6 +180,9 @@ def _kill_group(pid: int) -> None:
 
 def main() -> None:
     """Entry point: ``python -m repro_sweep.worker.zygote FD [--inline]``."""
+    signal.signal(
+        wire.LEAVE_SIGNAL, signal.SIG_IGN
+    )  # SLURM sends it to all processes of a job, and the agent heeds it
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
     message, _ = wire.receive(sock)

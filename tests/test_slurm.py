@@ -1,0 +1,340 @@
+"""A sweep whose workers are jobs of a real SLURM cluster: it runs, and survives what clusters do to jobs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import stat
+import urllib.error
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helpers import MakeProject, Project
+
+from repro_sweep.ledger import Ledger
+from repro_sweep.states import FailureKind, TrialState
+from slurm.testbed import Cluster, Options
+
+pytest_plugins = ["slurm_cluster"]
+
+COMPLETE = TrialState.COMPLETE
+CPU_ONLY = (
+    "sweep.executor.gpus_per_node=0",
+    "sweep.executor.cpus_per_task=1",
+    "sweep.resources.gpus_per_trial=0",
+)
+FILES = {
+    "conf/config.yaml": "{x: 0, wait_s: 0.0, steps: 1}",
+    "conf/sweep/grid.yaml": """
+        defaults: [base_sweep, sampler: grid, executor: slurm, _self_]
+        task: tasks.train
+        metric: score
+        executor:
+          {workers: 2, gpus_per_node: 2, timeout_min: 30, host: 127.0.0.1, poll_s: 1.0, signal_delay_s: 60}
+    """,
+    "tasks.py": """
+        import os
+        import time
+        from pathlib import Path
+
+        import repro_sweep
+
+        def train(cfg):
+            with open("ran", "a") as ran:
+                print(cfg.x, os.environ["SLURMD_NODENAME"], os.environ.get("CUDA_VISIBLE_DEVICES"), file=ran)
+            kept = repro_sweep.checkpoint_dir() / "step"
+            first = int(kept.read_text()) if kept.exists() else 0
+            for step in range(first, cfg.steps):
+                time.sleep(cfg.wait_s)
+                kept.write_text(str(step + 1))
+                repro_sweep.report(step, score=cfg.x)
+            return {"score": cfg.x, "first": first}
+    """,
+}
+
+
+class Place:
+    """A project whose sweeps run on the cluster."""
+
+    def __init__(self, project: Project, cluster: Cluster) -> None:
+        self.project, self.cluster = project, cluster
+        self.env = {
+            key: value for key, value in cluster.environment().items() if key in ("PATH", "SLURM_CONF")
+        }
+
+    def run(self, *arguments: str, env: dict[str, str] | None = None, status: int = 0) -> str:
+        """Run the command to its end; returns what it said."""
+        done = self.project.run(*arguments, env=self.env | (env or {}))
+        assert done.returncode == status, done.stderr
+        return done.stderr
+
+    def jobs(self) -> list[str]:
+        """The jobs that accounting knows of, each with its state."""
+        lines = self.cluster.run(
+            "sacct", "--noheader", "--allocations", "--parsable2", "--format=JobName,JobID,State"
+        )
+        records = (self.project.root / "multirun/grid/slurm").glob("*.json")
+        mine = {json.loads(path.read_text())["name"] for path in records}
+        return [line for line in lines.splitlines() if line.partition("|")[0] in mine]
+
+    def queue(self) -> list[str]:
+        """The ids of the workers' jobs that run or wait."""
+        lines = self.cluster.run("squeue", "--noheader", "--array", "--format=%j|%i").splitlines()
+        return [line.partition("|")[2] for line in lines if line.startswith("grid.")]
+
+    def executed(self) -> Counter[str]:
+        """How often each trial was executed, by its x."""
+        path = self.project.root / "ran"
+        return (
+            Counter(line.split()[0] for line in path.read_text().splitlines()) if path.exists() else Counter()
+        )
+
+    def states(self) -> Counter[TrialState]:
+        """How many trials are in each state."""
+        return self.project.sweep("grid").states()
+
+    def kinds(self) -> Counter[FailureKind]:
+        """How often attempts have failed as each kind."""
+        return Counter(each.kind for each in self.project.sweep("grid").attempts if each.kind is not None)
+
+
+@pytest.fixture
+def place(make_project: MakeProject, cluster: Cluster) -> Place:
+    """A small project and an idle cluster."""
+    return Place(make_project(FILES), cluster)
+
+
+def test_a_grid_runs_on_all_gpus_of_its_jobs(place: Place) -> None:
+    place.run("+sweep=grid", "x=range(16)", "wait_s=0.2")
+    assert place.states() == {COMPLETE: 16}
+    assert set(place.executed().values()) == {1}
+    used = {tuple(line.split()[1:]) for line in (place.project.root / "ran").read_text().splitlines()}
+    assert used == {(node, gpu) for node in ("node1", "node2") for gpu in ("0", "1")}
+    assert [job.split("|")[2] for job in place.jobs()] == ["COMPLETED"] * 2
+    assert place.queue() == []
+
+
+def test_few_trials_start_few_jobs_and_half_a_gpu_makes_two_slots(place: Place) -> None:
+    place.run("+sweep=grid", "x=range(4)", "wait_s=0.5", "sweep.resources.gpus_per_trial=0.5")
+    assert place.states() == {COMPLETE: 4}
+    assert len(place.jobs()) == 1
+    slots = Counter(line.split()[2] for line in (place.project.root / "ran").read_text().splitlines())
+    assert slots == {"0": 2, "1": 2}
+
+
+def test_a_trial_may_have_two_gpus(place: Place) -> None:
+    place.run("+sweep=grid", "x=1,2", "sweep.resources.gpus_per_trial=2")
+    gpus = [line.split()[2] for line in (place.project.root / "ran").read_text().splitlines()]
+    assert gpus == ["0,1"] * 2
+
+
+def test_the_token_is_in_a_file_of_the_users_only_and_who_has_it_not_is_refused(place: Place) -> None:
+    with place.project.start("+sweep=grid", "x=range(4)", "wait_s=1", "steps=600", env=place.env) as running:
+        running.until(lambda: len(place.executed()) == 4, "all trials have begun")
+        folder = place.project.root / "multirun/grid"
+        path = folder / "coordinator.json"
+        record = json.loads(path.read_text())
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE((folder / "slurm").stat().st_mode) == 0o700
+        for token in ("", "wrong"):
+            request = urllib.request.Request(
+                f"http://{record['tcp'][0]}/status", b"{}", {"Authorization": f"Bearer {token}"}
+            )
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=10)
+            refused.value.close()
+            assert refused.value.code == 401
+        found = [pid for pid in place.project.processes() if _knows(pid, record["token"])]
+        assert found == []
+        assert not any(
+            record["token"] in each.read_text() for each in (folder / "slurm").iterdir() if each.is_file()
+        )
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait() == 130
+    assert place.queue() == []
+
+
+def _knows(pid: int, token: str) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return token.encode() in text
+
+
+def test_the_trials_of_a_cancelled_job_go_to_the_others(place: Place) -> None:
+    with place.project.start("+sweep=grid", "x=range(8)", "wait_s=0.2", "steps=10", env=place.env) as running:
+        running.until(lambda: len(place.executed()) >= 4, "four trials have begun")
+        place.cluster.run("scancel", place.queue()[0])
+        assert running.wait() == 0, running.stderr
+    assert place.states() == {COMPLETE: 8}
+    assert place.kinds().keys() <= {FailureKind.PREEMPTED, FailureKind.NODE_LOST}
+    assert place.kinds().total() == 2
+    assert len(place.jobs()) == 2
+
+
+def test_a_sweep_whose_jobs_are_all_cancelled_pauses_and_says_how_to_go_on(place: Place) -> None:
+    with place.project.start("+sweep=grid", "x=range(6)", "wait_s=0.2", "steps=10", env=place.env) as running:
+        running.until(lambda: len(place.executed()) >= 4, "four trials have begun")
+        place.cluster.run("scancel", *place.queue())
+        assert running.wait() == 130, running.stderr
+        assert "all of its workers were cancelled" in running.stderr
+        assert "repro-sweep resume grid" in running.stderr
+    assert TrialState.FAIL not in place.states()
+    place.run("resume", "grid")
+    assert place.states() == {COMPLETE: 6}
+
+
+@pytest.mark.parametrize("partition", ["requeued", "cancelled"])
+def test_preempted_jobs_hand_their_trials_back_which_go_on_from_their_checkpoints(
+    place: Place, partition: str
+) -> None:
+    options = ("x=range(4)", "wait_s=0.2", "steps=30", f"sweep.executor.partition={partition}")
+    with place.project.start("+sweep=grid", *options, env=place.env) as running:
+        running.until(lambda: _reported(place) >= 12, "the trials have got somewhere")
+        high = place.cluster.submit("--partition=high", "--nodes=2", "--gpus-per-node=2", script="sleep 3")
+        place.cluster.until(
+            lambda: place.cluster.job_state(high) == "COMPLETED", "the other job has ended", 90
+        )
+        assert running.wait() == 0, running.stderr
+    assert place.states() == {COMPLETE: 4}
+    assert set(place.kinds()) <= {FailureKind.PREEMPTED, FailureKind.NODE_LOST}
+    assert place.kinds()[FailureKind.PREEMPTED] >= 2
+    sweep = place.project.sweep("grid")
+    assert all(sweep.last_attempt(trial).metrics["first"] > 0 for trial in sweep.trials)
+
+
+def _reported(place: Place) -> int:
+    path = place.project.root / "multirun/grid/ledger.db"
+    if not path.exists():
+        return 0
+    ledger = Ledger.open(path.parent, readonly=True)
+    try:
+        return len(ledger.reports())
+    finally:
+        ledger.close()
+
+
+def test_trials_are_interrupted_before_the_time_limit_and_go_on_in_the_next_job(place: Place) -> None:
+    """A limit of a minute, of which the last 50 seconds are for leaving."""
+    options = (
+        "x=1,2",
+        "wait_s=0.5",
+        "steps=50",
+        "sweep.executor.timeout_min=1",
+        "sweep.executor.signal_delay_s=50",
+    )
+    place.run("+sweep=grid", *options)
+    sweep = place.project.sweep("grid")
+    assert sweep.states() == {COMPLETE: 2}
+    assert set(place.kinds()) == {FailureKind.PREEMPTED}
+    messages = {each.message for each in sweep.attempts if each.kind is FailureKind.PREEMPTED}
+    assert all("its worker must leave" in str(message) for message in messages)
+    assert all(sweep.last_attempt(trial).metrics["first"] > 0 for trial in sweep.trials)
+
+
+def test_jobs_outlive_a_killed_coordinator_and_the_next_one_finds_them(place: Place) -> None:
+    with place.project.start("+sweep=grid", "x=range(8)", "wait_s=0.2", "steps=20", env=place.env) as running:
+        running.until(lambda: len(place.executed()) >= 4, "four trials have begun")
+        running.process.kill()
+        running.wait()
+    assert len(place.queue()) == 2
+    place.run("resume", "grid")
+    assert place.states() == {COMPLETE: 8}
+    assert set(place.executed().values()) == {1}
+    assert len(place.jobs()) == 2
+
+
+def test_the_trials_of_a_lost_node_run_elsewhere(place: Place) -> None:
+    with place.project.start("+sweep=grid", "x=range(6)", "wait_s=0.2", "steps=15", env=place.env) as running:
+        running.until(lambda: len(place.executed()) >= 4, "four trials have begun")
+        place.cluster.node("node2").lose()
+        running.until(lambda: place.kinds()[FailureKind.NODE_LOST] == 2, "two attempts are lost")
+        place.cluster.node("node2").start()
+        assert running.wait() == 0, running.stderr
+    assert place.states() == {COMPLETE: 6}
+    assert place.kinds() == {FailureKind.NODE_LOST: 2}
+
+
+@pytest.mark.parametrize("daemon", ["controller", "accounting"])
+def test_a_sweep_goes_on_while_slurm_itself_is_away(place: Place, daemon: str) -> None:
+    down = getattr(place.cluster, daemon)
+    with place.project.start("+sweep=grid", "x=range(8)", "wait_s=0.2", "steps=15", env=place.env) as running:
+        running.until(lambda: len(place.executed()) >= 4, "four trials have begun")
+        down.stop()
+        running.until(lambda: place.states()[COMPLETE] >= 6, "six trials are complete")
+        down.start()
+        assert running.wait() == 0, running.stderr
+    assert place.states() == {COMPLETE: 8}
+    assert set(place.executed().values()) == {1}
+    assert not place.kinds()
+
+
+def test_without_accounting_and_with_small_arrays_it_runs_as_well(
+    make_project: MakeProject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What has ended is seen in the queue, while that remembers it."""
+    folder = tmp_path_factory.mktemp("bare") / "cluster"
+    options = Options(nodes=3, gpus=1, cpus=8, accounting=False, max_array_size=5, kill_wait_s=2)
+    with Cluster(folder, options) as cluster:
+        place = Place(make_project(FILES), cluster)
+        place.run("+sweep=grid", "x=range(7)", "wait_s=0.3", "steps=3", "sweep.executor.workers=7", *CPU_ONLY)
+        assert place.states() == {COMPLETE: 7}
+        records = (place.project.root / "multirun/grid/slurm").glob("*.json")
+        assert sorted(json.loads(path.read_text())["count"] for path in records) == [2, 5]
+        assert place.queue() == []
+
+
+FAKE = """#!/bin/sh
+echo submitted >>"$SUBMISSIONS"
+{real}
+echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2
+exit 1
+"""
+
+
+def test_a_submission_whose_reply_is_lost_is_found_by_its_name_and_not_repeated(
+    place: Place, tmp_path: Path
+) -> None:
+    env = _with_fake_sbatch(place, tmp_path, real='"$REAL_SBATCH" "$@"')
+    place.run("+sweep=grid", "x=range(8)", "wait_s=0.2", env=env)
+    assert place.states() == {COMPLETE: 8}
+    assert (tmp_path / "submissions").read_text().split() == ["submitted"]
+    assert len(place.jobs()) == 2
+
+
+def _with_fake_sbatch(place: Place, folder: Path, real: str) -> dict[str, str]:
+    import shutil
+
+    found = shutil.which("sbatch", path=place.env["PATH"])
+    assert found is not None
+    fake = folder / "bin/sbatch"
+    fake.parent.mkdir()
+    fake.write_text(FAKE.format(real=real))
+    fake.chmod(0o755)
+    return {
+        "PATH": f"{fake.parent}:{place.env['PATH']}", "REAL_SBATCH": found,
+        "SUBMISSIONS": str(folder / "submissions"),
+    }  # fmt: skip
+
+
+def test_what_slurm_refuses_is_one_line(place: Place) -> None:
+    said = place.run("+sweep=grid", "x=1,2", "sweep.executor.partition=gpuu", status=2)
+    assert "sweep/executor=slurm" in said or "sweep.executor.partition" in said
+    assert "partition" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "sweep.executor.partition='a\\nb'",
+        "sweep.executor.setup=['a\\nb']",
+        "+sweep.executor.additional_parameters.comment='a\\nb'",
+    ],
+)
+def test_control_characters_are_refused_before_anything_starts(place: Place, option: str) -> None:
+    said = place.run("+sweep=grid", "x=1,2", option.replace("\\n", "\n"), status=2)
+    assert "control characters" in said
+    assert not (place.project.root / "multirun").exists()
