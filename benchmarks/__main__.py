@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import asha, front_door, launching, quality, search_slots
+from benchmarks import asha, front_door, launching, quality, search_slots, slurm
 from benchmarks.harness import BenchmarkError
 from benchmarks.report import Table, markdown
 
@@ -28,10 +28,13 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "search_handout": search_slots.handout,
     "search_quality": quality.quality,
     "search_asha": asha.asha,
+    "slurm_noop": slurm.noop,
+    "slurm_slots": slurm.slots,
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "launching": ("startup", "compose", "noop", "sleep", "slow_server"),
     "search": ("search_slots", "search_handout", "search_quality", "search_asha"),
+    "slurm": ("slurm_noop", "slurm_slots"),
 }
 _PACKAGES = (
     "repro-sweep",

@@ -84,6 +84,11 @@ class Times:
     """Trials that the embedded MLflow store has at the end."""
 
     @property
+    def command_s(self) -> float:
+        """From the command's start to its end."""
+        return self.first_start_s + (self.ledger_s or self.makespan_s) + self.after_s
+
+    @property
     def per_trial_ms(self) -> float:
         """Milliseconds a trial."""
         return self.makespan_s / self.trials * 1000
@@ -102,6 +107,7 @@ class Project:
         value: str = "cfg.x",
         sampler: str = "grid",
         conf: str = "",
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         files = {f"conf/{name}.yaml": text for name, text in _CONF.items()}
@@ -113,7 +119,7 @@ class Project:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
         self._stamps = folder / "stamps.txt"
-        self._env = {_STAMPS: str(self._stamps)}
+        self._env = {_STAMPS: str(self._stamps), **(env or {})}
         self._ledger = folder / "multirun/bench/ledger.db"
 
     def peer(
@@ -125,7 +131,10 @@ class Project:
         """Run another system's command here with its Python; it runs ``trials`` trials of the task."""
         self._stamps.unlink(missing_ok=True)
         began = time.time()
-        with started([str(python), *command], self.folder, self._env) as process:
+        own = (
+            {"PYTHONPATH": ""} if str(python) != sys.executable else {}
+        )  # an environment with nothing of ours
+        with started([str(python), *command], self.folder, self._env | own) as process:
             _wait(process, self.folder)
         ended = time.time()
         spans = self.stamps(trials)

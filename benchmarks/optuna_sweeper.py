@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import harness, peers
 
 # the newest that install and run together on Python 3.11
 PACKAGES = (
@@ -54,19 +50,11 @@ hydra:
     sampler: {{seed: 0}}
     params: {params}
 """
-_TIMEOUT_S = 600.0
 
 
 def python(cache: Path) -> Path:
-    """The interpreter of the environment, which is made in ``cache`` if it is not there; needs a package index."""
-    wanted = hashlib.sha256("\n".join((sys.version, *PACKAGES)).encode()).hexdigest()[:12]
-    folder = cache / f"optuna-sweeper-{wanted}"
-    interpreter, complete = folder / "bin/python", folder / "complete"
-    if not complete.exists():
-        _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-        _run([str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES])
-        complete.touch()
-    return interpreter
+    """The interpreter of its environment."""
+    return peers.python(cache, "optuna-sweeper", PACKAGES)
 
 
 def command(project: harness.Project, *, trials: int, slots: int, params: Mapping[str, str]) -> list[str]:
@@ -75,15 +63,3 @@ def command(project: harness.Project, *, trials: int, slots: int, params: Mappin
     (project.folder / "conf/optuna_sweeper.yaml").write_text(conf, encoding="utf-8")
     (project.folder / "app_of_optuna_sweeper.py").write_text(_APP, encoding="utf-8")
     return ["app_of_optuna_sweeper.py", "--multirun"]
-
-
-def _run(command: list[str]) -> None:
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    try:
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        raise harness.BenchmarkError(f"{' '.join(command)}: not over in {_TIMEOUT_S:.0f} s") from None
-    if done.returncode != 0:
-        raise harness.BenchmarkError(f"{' '.join(command)}: status {done.returncode}\n{done.stderr[-3000:]}")
