@@ -300,7 +300,7 @@ def specify(
         ),
         metric=objectives[0].metric if objectives else None,
         direction=objectives[0].direction if objectives else _direction(options.direction, UNNAMED_METRIC),
-        executor_name=str(choices.get("sweep/executor") or "local"),
+        executor_name=_executor_name(options.executor, str(choices.get("sweep/executor") or "local")),
         executor=_plain(options.executor),
         sampler=sampler.name,
         max_failures=_not_negative(options.max_failures, "sweep.max_failures"),
@@ -315,6 +315,15 @@ def specify(
         pruner=_pruner(options.pruner, choices.get("sweep/pruner"), "sweep/pruner"),
         search=_search(options, sampler, choices.get("sweep/repeats_pruner"), params, overrides),
     )
+
+
+def _executor_name(node: object, choice: str) -> str:
+    """The executor that was chosen: by its own name, or by a file of the user's that has its options."""
+    known = executors.options()
+    if choice in known or not isinstance(node, DictConfig):
+        return choice
+    kind = OmegaConf.get_type(node)
+    return next((name for name, options in known.items() if options is kind), choice)
 
 
 def _objectives(metric: object, direction: object) -> tuple[Objective, ...]:
