@@ -25,6 +25,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks --only launching --output docs/benchmarks.md
 	$(BIN)/python -m benchmarks --only search --output docs/benchmarks-search.md
+	$(BIN)/python -m benchmarks --only slurm --output docs/benchmarks-slurm.md
 
 faults: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/faults --long --figures docs/reliability.md
