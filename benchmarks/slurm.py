@@ -60,7 +60,8 @@ def slots(folder: Path, *, quick: bool) -> Table:
         title="slurm_slots: how full the GPUs of a SLURM cluster are",
         text=f"Trials of {_SLEEP_S:g} s, each with a GPU of its own, on {_GPUS} GPUs: {trials:,} of ours by four"
         f" workers, {few} of the peer's; milliseconds from the first start to the last end, divided by the number of"
-        " trials. A slot is busy while a trial is handed out to it; slots count from the first start of all to the last end.",
+        " trials. A slot is busy while a trial is handed out to it; slots count from the first start of all to the last"
+        " end.",
         unit="ms a trial",
         rows=[
             Row(
