@@ -47,6 +47,7 @@ _NAMES = (
     "partition", "account", "qos", "constraint", "exclude", "host", "coordinator_partition", "coordinator_qos",
 )  # fmt: skip
 _HAND_OVER_S = 120
+_CLOSING_POLL_S = 0.5
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _GPUS = re.compile(r"(?:[\w.-]+:)?[0-9]+")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
@@ -249,7 +250,6 @@ class SlurmExecutor(Executor):
     def _work(self) -> None:
         look_at = time.monotonic()
         while True:
-            poll_s = min(0.5, self._options.poll_s) if self._closing else self._options.poll_s
             try:
                 order, what = self._orders.get(timeout=max(0.0, look_at - time.monotonic()))
             except queue.Empty:
@@ -267,7 +267,8 @@ class SlurmExecutor(Executor):
                 self._failed = error
             except Exception:
                 log.exception("SLURM")
-            look_at = time.monotonic() + poll_s
+            wait_s = min(_CLOSING_POLL_S, self._options.poll_s) if self._closing else self._options.poll_s
+            look_at = time.monotonic() + wait_s
 
     def _submit(self, batch: _Batch) -> None:
         """Submit a batch. Where it is not known whether that has worked, its name will tell.
