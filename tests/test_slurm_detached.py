@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Project, eventually
+from helpers import CONSOLE_SCRIPT, MARK, Project, environment, eventually
 
 from repro_sweep.states import FailureKind, TrialState
 from slurm.testbed import Cluster
@@ -254,22 +254,24 @@ def test_when_the_coordinators_job_is_cancelled_its_workers_finish_what_they_run
     site.until_complete()
 
 
+SESSION = """
+import subprocess, sys, time
+subprocess.run(sys.argv[1:])
+time.sleep(300)
+"""
+
+
 def test_killing_the_login_session_changes_nothing_for_a_detached_sweep(site: Site) -> None:
     """Whatever the shell had started is killed with it."""
-    shell = site.start("attach", "default", env=site.env)
-    shell.process.wait()  # there is no sweep yet
     session = subprocess.Popen(
-        [sys.executable, "-c", _SESSION, *DETACHED], cwd=site.root, start_new_session=True,
-        env={**os.environ, **site.env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", SESSION, CONSOLE_SCRIPT, *DETACHED], cwd=site.root, start_new_session=True,
+        env=environment({MARK: site.mark, **site.env}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     site.until_started(2)
     os.killpg(session.pid, signal.SIGKILL)
     session.wait(BOUND_S)
     site.open()
     site.until_complete()
-
-
-_SESSION = "import subprocess, sys; subprocess.run(['repro-sweep', *sys.argv[1:]]); sys.stdin.read(); import time; time.sleep(300)"  # noqa: E501
 
 
 def test_killing_the_login_session_of_an_attached_sweep_leaves_its_workers_at_work_and_resume_completes_it(
@@ -290,7 +292,7 @@ def test_killing_the_login_session_of_an_attached_sweep_leaves_its_workers_at_wo
 def test_a_sweep_runs_the_traditional_way_by_sbatch_and_goes_on_when_it_is_requeued(site: Site) -> None:
     """The same job again does not begin anew."""
     words = ("sbatch", "--parsable", "--mem=1G", ROOT / "slurm/sweep.sbatch", *SIX)
-    environ = {**os.environ, **site.env}
+    environ = environment({MARK: site.mark, **site.env})
     environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
     done = subprocess.run(words, cwd=site.root, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

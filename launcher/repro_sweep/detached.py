@@ -72,7 +72,7 @@ def submit(spec: SweepSpec) -> str:
     name = f"{_UNSAFE.sub('-', spec.name)}.coordinator.{uuid.uuid4().hex[:10]}"
     submission = Submission(directory / FOLDER, {**parameters, "job_name": name})
     write_file(directory / RECORD, json.dumps({"name": name, "job": None}))
-    command = shlex.join([sys.executable, "-P", "-m", KEEPER, "--directory", str(directory)])
+    command = "exec " + shlex.join([sys.executable, "-P", "-m", KEEPER, "--directory", str(directory)])
     try:
         job = submission.submit(command)
     except UnansweredError as error:

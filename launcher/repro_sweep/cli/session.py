@@ -189,10 +189,13 @@ class _Session:
             error = self._tracker.progress.error
         finally:
             await server.stop()
+            if self._left:  # the next one may begin, and this one's job may not have long
+                await self._coordinator.close()
             if self._asker is not None:
                 await self._asker.kill()
             await self._tracker.kill()
-            await self._coordinator.close()
+            if not self._left:
+                await self._coordinator.close()
         if self._left:
             return HANDED_OVER
         failed = summarise(self._spec, self._coordinator.progress(), left, error)
