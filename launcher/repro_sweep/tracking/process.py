@@ -81,6 +81,12 @@ def _yield_to_trials() -> None:
         Path("/proc/self/autogroup").write_text(str(_NICE))
 
 
+def _yield_no_more() -> None:
+    """No trial runs any more, and somebody waits for us. Of both ways to yield, only this one can be taken back."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text("0")
+
+
 class _Loop:
     """Owns the tracker; everything but reading stdin happens in the main thread."""
 
@@ -148,6 +154,7 @@ class _Loop:
             if command is None:
                 self._stop = True
             elif command["do"] == "finish":
+                _yield_no_more()
                 tracker.finish()
             elif command["do"] == "done_elsewhere":
                 tracker.request_elsewhere(self._answer_elsewhere)
