@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: sweep test lint format bench faults clean
+.PHONY: sweep test slurm lint format bench faults clean
 
 sweep: $(VENV)/.ready
 	$(BIN)/repro-sweep +sweep=optimizer_grid
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore-glob='tests/test_slurm*.py'
+
+# sweeps on a real SLURM cluster, which is started for them
+slurm: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/test_slurm*.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
