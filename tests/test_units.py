@@ -895,8 +895,8 @@ def test_every_float_survives_the_wire(value: float) -> None:
 def test_the_public_names_are_a_dozen_at_most_and_all_there() -> None:
     """A new one is a decision."""
     assert repro_sweep.__all__ == [
-        "ReproSweepError", "Trial", "TrialInterrupted", "TrialPruned", "TrialState", "artifact_dir", "best_trial", "checkpoint_dir",
-        "leaderboard", "pareto_front", "report", "trials",
+        "ReproSweepError", "Trial", "TrialInterrupted", "TrialPruned", "TrialState", "artifact_dir", "best_trial",
+        "checkpoint_dir", "leaderboard", "pareto_front", "report", "trials",
     ]  # fmt: skip
     assert dir(repro_sweep) == sorted(repro_sweep.__all__)
     for name in repro_sweep.__all__:
