@@ -31,7 +31,7 @@ SWEEP = (
     "+sweep=default", "sweep/executor=slurm", "sweep.task=tasks.train", "sweep.metric=score",
     "sweep.executor.workers=2", "sweep.executor.gpus_per_node=1", "sweep.resources.gpus_per_trial=1",
     "sweep.executor.host=127.0.0.1", "sweep.executor.poll_s=1", "sweep.executor.mem_gb=1",
-    "sweep.executor.coordinator_mem_gb=1",
+    "sweep.executor.coordinator_mem_gb=1", "sweep.reuse=false",
 )  # fmt: skip
 SIX = (*SWEEP, "x=range(6)")
 DETACHED = (*SIX, "sweep.detach=true")
