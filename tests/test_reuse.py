@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 from helpers import Project
@@ -112,7 +113,7 @@ def story(make_shared_project: MakeProject) -> Story:
 def test_a_sweep_with_another_name_takes_over_what_is_done_and_runs_the_rest(story: Story) -> None:
     done = story.done["overlapping"]
     assert done.code == 0, done.stderr
-    assert done.ran == {"4": 1, "5": 1}
+    assert done.ran == {"4": 1, "5": 1}, done.stderr
     assert "2 of 4 trials are done in another sweep with the same code (first)" in line_of_reuse(done)
     assert "sweep.reuse=false runs them" in line_of_reuse(done)
     sweep = story.project.sweep("overlapping")
@@ -127,7 +128,7 @@ def test_a_sweep_with_another_name_takes_over_what_is_done_and_runs_the_rest(sto
 def test_where_everything_is_done_nothing_runs_and_the_ranking_is_the_same(story: Story) -> None:
     done = story.done["equal"]
     assert done.code == 0, done.stderr
-    assert done.ran == Counter()
+    assert done.ran == Counter(), done.stderr
     assert "4 of 4 trials" in line_of_reuse(done)
     assert "4 complete" in done.stdout
     assert rank("equal", uri=story.uri).rows == rank("first", uri=story.uri).rows
@@ -391,3 +392,21 @@ def test_the_tracker_process_passes_on_many_results_and_gives_up_in_time(sweeps:
     assert {each.origin for each in found.values()} == {"done"}
     with pytest.raises(TrackingError, match=r"no answer within 0\.01 s"):
         asyncio.run(ask(0.01))
+
+
+@pytest.mark.parametrize(("uri_of", "limit_s"), [("sqlite:///{}/mlflow.db", 120.0), ("http://127.0.0.1:9", 30.0)])
+def test_a_file_known_to_have_results_is_waited_for_longer_than_a_server(
+    tmp_path: Path, uri_of: str, limit_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow start of MLflow must not run again what is known to be done."""
+    limits: list[float] = []
+
+    class Slow:
+        async def done_elsewhere(self, timeout_s: float) -> dict[str, Reused]:
+            limits.append(timeout_s)
+            return {}
+
+    monkeypatch.setattr(elsewhere, "may_exist", lambda spec: True)
+    ledger = make_ledger(tmp_path / "sweep", uri_of.format(tmp_path), code="c1")
+    asyncio.run(elsewhere.results(ledger.spec, cast("TrackerProcess", Slow())))
+    assert limits == [limit_s]

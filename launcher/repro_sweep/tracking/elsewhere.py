@@ -25,7 +25,8 @@ from repro_sweep.tracking.process import TrackerProcess
 from repro_sweep.tracking.store import FinishedRun, Store, Unavailable, one_line
 from repro_sweep.tracking.uri import is_http, redacted, sqlite_path
 
-_LIMIT_S = 30.0
+_SERVER_S = 30.0
+_FILE_S = 120.0  # importing MLflow from a cold or distant disk may take a minute, and here there is something to find
 _REACH_S = 10.0
 _BUSY_S = 5.0
 
@@ -155,8 +156,8 @@ async def results(spec: SweepSpec, tracker: TrackerProcess) -> dict[str, Reused]
 
     Raises:
         LedgerError: the sweep's ledger cannot be read.
-        TrackingError: MLflow cannot be asked, or has not answered within 30 s.
+        TrackingError: MLflow cannot be asked, or has not answered within 30 s (a server) or 120 s (a file).
     """
     if not await asyncio.to_thread(may_exist, spec):
         return {}
-    return await tracker.done_elsewhere(_LIMIT_S)
+    return await tracker.done_elsewhere(_SERVER_S if is_http(spec.tracking.uri) else _FILE_S)
