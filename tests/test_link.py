@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
@@ -209,6 +210,22 @@ def link_to(folder: Path, coordinator: Coordinator) -> Iterator[Link]:
     link.give_up()
     if link._client is not None:
         link._client.close()
+
+
+def test_a_worker_that_cannot_connect_says_where_it_has_tried_and_what_helps(tmp_path: Path) -> None:
+    with socket.socket() as first, socket.socket() as second:  # bound, but nobody listens
+        for each in (first, second):
+            each.bind(("127.0.0.1", 0))
+        targets = [f"127.0.0.1:{each.getsockname()[1]}" for each in (first, second)]
+        record = {"epoch": 1, "socket": "", "tcp": targets, "token": "t"}
+        (tmp_path / ADDRESS_NAME).write_text(json.dumps(record))
+        link = Link(tmp_path, None, lambda: protocol.Register(worker="w", host="h", pid=1, slots=1))
+        assert "no coordinator has announced itself" in link.trouble
+        assert link.look() is None
+    for target in targets:
+        assert f"{target}: [Errno 111] Connection refused" in link.trouble
+    assert "sweep.executor.host" in link.trouble
+    assert "sweep.detach=true" in link.trouble
 
 
 def kept(folder: Path) -> list[protocol.Finish]:

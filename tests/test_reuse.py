@@ -394,7 +394,9 @@ def test_the_tracker_process_passes_on_many_results_and_gives_up_in_time(sweeps:
         asyncio.run(ask(0.01))
 
 
-@pytest.mark.parametrize(("uri_of", "limit_s"), [("sqlite:///{}/mlflow.db", 120.0), ("http://127.0.0.1:9", 30.0)])
+@pytest.mark.parametrize(
+    ("uri_of", "limit_s"), [("sqlite:///{}/mlflow.db", 120.0), ("http://127.0.0.1:9", 30.0)]
+)
 def test_a_file_known_to_have_results_is_waited_for_longer_than_a_server(
     tmp_path: Path, uri_of: str, limit_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

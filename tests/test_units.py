@@ -23,14 +23,14 @@ from repro_sweep import coordinator as coordinator_module
 from repro_sweep import errors, machine, protocol, retries, task
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.errors import LedgerError, SweepError, TaskError
-from repro_sweep.executors.base import Executor, WorkerState, WorkerStatus
+from repro_sweep.executors.base import Cause, Executor, WorkerState, WorkerStatus
 from repro_sweep.handout import Handout
 from repro_sweep.journal import Journal
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Meter
 from repro_sweep.provenance import source
 from repro_sweep.provenance.source import code_fingerprint
-from repro_sweep.records import NewReport, NewTrial
+from repro_sweep.records import NewReport, NewTrial, Outcome
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import Resources, SweepSpec, TaskSpec
 from repro_sweep.worker import trial
@@ -293,6 +293,7 @@ class OneWorker(Executor):
         self.closed = False
         self.started: list[str] = []
         self.ended: set[str] = set()
+        self.beside: dict[str, WorkerStatus] = {}
 
     def wanted(self, trials: int) -> int:
         return min(1, trials)
@@ -305,7 +306,7 @@ class OneWorker(Executor):
         return {
             worker: WorkerStatus(state=WorkerState.ENDED if worker in self.ended else WorkerState.ALIVE)
             for worker in self.started
-        }
+        } | self.beside
 
     def stop(self, workers: Iterable[str]) -> None:
         self.close(0.0)
@@ -412,6 +413,131 @@ def test_a_worker_that_is_not_known_gets_no_trial_and_loses_none(ledger: Ledger,
         for number in range(3):
             assert (await coordinator.claim(claim(str(number)))).assignment is not None
             await coordinator.finish(finish(str(number)))
+
+    coordinate(spec, ledger, worker)
+
+
+@pytest.mark.parametrize(
+    ("state", "cause", "kind"),
+    [
+        (WorkerState.ENDED, Cause.EVICTED, FailureKind.PREEMPTED),
+        (WorkerState.ENDED, Cause.CANCELLED, FailureKind.PREEMPTED),
+        (WorkerState.ENDED, Cause.LOST, FailureKind.NODE_LOST),
+        (WorkerState.ENDED, Cause.OWN, FailureKind.NODE_LOST),
+        (WorkerState.MISSING, Cause.LOST, FailureKind.NODE_LOST),
+        (WorkerState.SUSPENDED, Cause.EVICTED, FailureKind.PREEMPTED),
+    ],
+)
+def test_what_became_of_a_worker_is_what_became_of_its_trial(
+    ledger: Ledger,
+    spec: SweepSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: WorkerState,
+    cause: Cause,
+    kind: FailureKind,
+) -> None:
+    monkeypatch.setattr(coordinator_module, "_MISSING_SILENT_S", 0.5)
+
+    async def worker(coordinator: Coordinator, executor: OneWorker) -> None:
+        executor.started.append("w")
+        executor.beside["v"] = WorkerStatus(state=WorkerState.ALIVE)
+        await coordinator.register(protocol.Register(worker="v", host="h", pid=2, slots=1))
+        absent = (await coordinator.claim(claim("absent", "v"))).assignment
+        executor.beside["v"] = WorkerStatus(state=state, cause=cause, detail="is away")
+        for number in range(3):  # the last of them is the one that the other worker had
+            assert (await coordinator.claim(claim(str(number)))).assignment is not None
+            await coordinator.finish(finish(str(number)))
+        assert absent is not None
+
+    limits = spec.limits.model_copy(update={"retries": {kind: 1}})
+    coordinate(spec.model_copy(update={"limits": limits}), ledger, worker)
+    found = Ledger.open(tmp_path, readonly=True)
+    assert found.counts()[TrialState.COMPLETE] == 3
+    lost = found.attempt("absent")
+    assert lost is not None
+    assert (lost.kind, lost.message) == (kind, "its worker is away")
+    found.close()
+
+
+def test_a_suspended_worker_keeps_its_trial_while_no_other_has_a_free_slot(
+    ledger: Ledger, spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with it when its cluster lets it; nobody expects it to speak at that very moment."""
+    monkeypatch.setattr(coordinator_module, "_MISSING_SILENT_S", 0.1)
+    monkeypatch.setattr(coordinator_module, "_WORKER_SILENT_S", 1.0)
+
+    async def worker(coordinator: Coordinator, executor: OneWorker) -> None:
+        executor.beside["v"] = WorkerStatus(state=WorkerState.ALIVE)
+        await coordinator.register(protocol.Register(worker="v", host="h", pid=2, slots=1))
+        await coordinator.claim(claim("kept", "v"))
+        await coordinator.claim(claim("other"))
+        executor.beside["v"] = WorkerStatus(state=WorkerState.SUSPENDED, cause=Cause.EVICTED)
+        for _ in range(15):
+            await asyncio.sleep(0.1)
+            await coordinator.heartbeat(protocol.Heartbeat(worker="w", attempts=("other",)))
+        executor.beside["v"] = WorkerStatus(state=WorkerState.ALIVE)
+        await asyncio.sleep(0.5)  # the coordinator has looked at its workers meanwhile
+        beat = await coordinator.heartbeat(protocol.Heartbeat(worker="v", attempts=("kept",)))
+        assert (beat.known, beat.stop) == (True, ())
+        await coordinator.finish(finish("kept").model_copy(update={"worker": "v"}))
+        await coordinator.finish(finish("other"))
+        await coordinator.claim(claim("last"))
+        await coordinator.finish(finish("last"))
+        await coordinator.heartbeat(protocol.Heartbeat(worker="v", leaving=True))
+
+    coordinate(spec, ledger, worker)
+    found = Ledger.open(tmp_path, readonly=True)
+    assert found.counts()[TrialState.COMPLETE] == 3
+    assert len(found.attempts()) == 3
+    found.close()
+
+
+def test_a_trial_is_handed_out_only_where_the_longest_so_far_would_have_had_the_time(
+    ledger: Ledger, spec: SweepSpec, tmp_path: Path
+) -> None:
+    """Except as a worker's first: no other would have more."""
+    spec = spec.model_copy(update={"executor": {"expected_trial_min": 2.0}})
+
+    def claim_with(attempt: str, left_s: float) -> protocol.Claim:
+        return claim(attempt).model_copy(update={"left_s": left_s, "wait_s": 0.0})
+
+    async def worker(coordinator: Coordinator, _: OneWorker) -> None:
+        assert (await coordinator.claim(claim_with("0", 60.0))).assignment is not None
+        failing = finish("0", kind=FailureKind.PREEMPTED)
+        await coordinator.finish(failing)
+        assert (await coordinator.claim(claim_with("1", 119.0))).over  # what the user expects
+        assert (await coordinator.claim(claim_with("1", 121.0))).assignment is not None
+        await asyncio.sleep(0.3)
+        await coordinator.finish(finish("1"))
+        assert (await coordinator.claim(claim_with("2", 0.2))).over  # what it has seen
+        for number in (2, 3):
+            assert (await coordinator.claim(claim_with(str(number), 100.0))).assignment is not None
+            await coordinator.finish(finish(str(number)))
+
+    limits = spec.limits.model_copy(update={"retries": {FailureKind.PREEMPTED: None}})
+    coordinate(spec.model_copy(update={"limits": limits}), ledger, worker)
+    found = Ledger.open(tmp_path, readonly=True)
+    assert found.counts()[TrialState.COMPLETE] == 3
+    found.close()
+
+
+def test_the_next_coordinator_knows_how_long_trials_have_taken(
+    ledger: Ledger, spec: SweepSpec, tmp_path: Path
+) -> None:
+    ledger.start_attempt(attempt(0))
+    ledger.finish_attempt(
+        "a", Outcome(state=TrialState.COMPLETE, metrics={"score": 1.0}, ended_at=501.0), again=False
+    )
+    ledger.commit()
+
+    async def worker(coordinator: Coordinator, _: OneWorker) -> None:
+        await coordinator.claim(claim("1"))
+        await coordinator.finish(finish("1"))
+        short = claim("2").model_copy(update={"left_s": 499.0})
+        assert (await coordinator.claim(short)).over
+        assert (await coordinator.claim(short.model_copy(update={"left_s": 501.0}))).assignment is not None
+        await coordinator.finish(finish("2"))
 
     coordinate(spec, ledger, worker)
 

@@ -20,7 +20,7 @@ from repro_sweep import endings, protocol, spool
 from repro_sweep.asking import AskingProcess
 from repro_sweep.crew import Crew, WorkersCancelledError
 from repro_sweep.errors import LeaseLostError, LedgerError, SweepError
-from repro_sweep.executors.base import Executor
+from repro_sweep.executors.base import Cause, Executor, WorkerState, WorkerStatus
 from repro_sweep.failpoints import failpoint
 from repro_sweep.handout import Group, Handout
 from repro_sweep.journal import Journal
@@ -44,6 +44,7 @@ _CLOSE_S = 15.0
 _SOON_S = 0.2
 """A slot that has just ended a trial of a search waits so long for the next one, which is being asked for."""
 _MANY = 1_000_000
+_GIVES_WAY = frozenset({Cause.EVICTED, Cause.CANCELLED})
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,8 @@ class Coordinator:
         tally = Tally(self.spec, states, ledger.cancelled)
         for attempt in ledger.attempts():  # what earlier runs of the sweep have found
             tally.note_result(attempt.trial, attempt.state, attempt.metrics)
+            if attempt.state is TrialState.COMPLETE and attempt.ended_at is not None:
+                tally.note_duration(attempt.ended_at - attempt.started_at)
         return tally
 
     # --- the user's side -------------------------------------------------------------------------------------
@@ -511,7 +514,7 @@ class Coordinator:
         self._notify()
         return True
 
-    async def _end_lost(self, attempt: str, why: str) -> None:
+    async def _end_lost(self, attempt: str, why: str, kind: FailureKind = FailureKind.NODE_LOST) -> None:
         """A worker does not run an attempt any more; what it left on disk counts."""
         running = self._running.get(attempt)
         if running is None:
@@ -520,9 +523,7 @@ class Coordinator:
         if kept is not None:
             await self._deliver(kept)
             return
-        outcome = Outcome(
-            state=TrialState.FAIL, kind=FailureKind.NODE_LOST, message=why, metrics={}, ended_at=now()
-        )
+        outcome = Outcome(state=TrialState.FAIL, kind=kind, message=why, metrics={}, ended_at=now())
         directory = Path(running.assignment.directory)
         await self._end(attempt, outcome, spool.reports_of(directory, attempt))
         spool.drop_reports(directory, attempt)
@@ -558,23 +559,40 @@ class Coordinator:
             crew.start(missing)
 
     async def _look_after_workers(self, crew: Crew) -> None:
-        ended, unseen = crew.ended(), crew.lost_sight_of()
+        absent = crew.absent()
         for name, worker in list(self._workers.items()):
             silent_s = time.monotonic() - worker.seen
-            if name in ended:
-                await self._lose(name, f"its worker {ended[name]}")
-            elif name in unseen and silent_s > _MISSING_SILENT_S:
-                await self._lose(name, f"its worker {unseen[name]}")
-            elif time.monotonic() - worker.seen > _WORKER_SILENT_S:
+            status = absent.get(name)
+            if status is not None:
+                if self._is_lost(status, silent_s, absent):
+                    kind = FailureKind.PREEMPTED if status.cause in _GIVES_WAY else FailureKind.NODE_LOST
+                    await self._lose(name, f"its worker {status.detail or 'ended'}", kind)
+                elif status.state is WorkerState.SUSPENDED:  # it will need a moment to speak when it goes on
+                    worker.seen = max(worker.seen, time.monotonic() - _MISSING_SILENT_S)
+            elif silent_s > _WORKER_SILENT_S:
                 await self._lose(name, f"its worker has been silent for {_WORKER_SILENT_S:.0f} s")
                 crew.stop(name)
 
-    async def _lose(self, worker: str, why: str) -> None:
+    def _is_lost(self, status: WorkerStatus, silent_s: float, absent: Mapping[str, WorkerStatus]) -> bool:
+        """Whether what an absent worker runs is to run elsewhere: if it is suspended, only where there is room now."""
+        if status.state is WorkerState.ENDED:
+            return True
+        if status.state is WorkerState.SUSPENDED and not self._has_room_without(absent):
+            return False
+        return silent_s >= _MISSING_SILENT_S
+
+    def _has_room_without(self, absent: Mapping[str, WorkerStatus]) -> bool:
+        present = {name: each for name, each in self._workers.items() if name not in absent}
+        slots = sum(each.slots for each in present.values() if not each.outdated)
+        running = sum(len(each.attempts) for each in present.values())
+        return slots > running + len(self._starting) + len(self._handout)
+
+    async def _lose(self, worker: str, why: str, kind: FailureKind = FailureKind.NODE_LOST) -> None:
         lost = self._workers.pop(worker, None)
         if lost is None:
             return
         for attempt in list(lost.attempts):
-            await self._end_lost(attempt, why)
+            await self._end_lost(attempt, why, kind)
         self._handout.forget(worker)
         self._measure()
         self._notify()

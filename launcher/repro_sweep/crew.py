@@ -11,6 +11,7 @@ from repro_sweep.sweep import SweepSpec
 
 _FRUITLESS_WORKERS = 3
 _KILLED_WORKERS = 20
+_NO_FAULT = frozenset({Cause.EVICTED, Cause.LOST})
 
 
 class WorkersCancelledError(SweepError):
@@ -55,7 +56,7 @@ class Crew:
         if missing <= 0:
             return 0
         last = self._last = ended[-1] if ended else None
-        if last is not None and last.cause is Cause.EVICTED:
+        if last is not None and last.cause in _NO_FAULT:
             return missing
         killed = last is not None and last.cause is Cause.KILLED  # perhaps an accident
         fruitless = self._fruitless[killed]
@@ -76,20 +77,13 @@ class Crew:
         failpoint("workers.before_start")
         self._executor.start(count)
         failpoint("workers.started")
-        if self._last is None or self._last.cause is not Cause.EVICTED:
+        if self._last is None or self._last.cause not in _NO_FAULT:
             self._fruitless[self._last is not None and self._last.cause is Cause.KILLED] += 1
 
-    def ended(self) -> dict[str, str]:
-        """The workers that have ended, and how."""
-        return self._in(WorkerState.ENDED)
-
-    def lost_sight_of(self) -> dict[str, str]:
-        """The workers that nothing is known of, and why."""
-        return self._in(WorkerState.MISSING)
-
-    def _in(self, state: WorkerState) -> dict[str, str]:
+    def absent(self) -> dict[str, WorkerStatus]:
+        """The workers that have ended, stand still, or that nothing is known of."""
         statuses = self._executor.poll().items()
-        return {name: status.detail or "ended" for name, status in statuses if status.state is state}
+        return {name: status for name, status in statuses if status.state is not WorkerState.ALIVE}
 
     def stop(self, worker: str) -> None:
         """End one worker, if it is ours to end."""

@@ -19,8 +19,12 @@ ALIVE = frozenset(
     }
 )  # fmt: skip
 """The states of jobs that have not ended, by sbatch's and squeue's manuals."""
-EVICTED = frozenset({"TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "REVOKED"})
-"""Those of jobs that the cluster has ended."""
+STOPPED = frozenset({"SUSPENDED", "STOPPED"})
+"""Those of them that stand still until the cluster lets them go on."""
+EVICTED = frozenset({"TIMEOUT", "PREEMPTED", "DEADLINE", "REVOKED"})
+"""The states of jobs that the cluster has ended."""
+LOST = frozenset({"NODE_FAIL", "BOOT_FAIL"})
+"""Those of jobs that ended with a node."""
 SQUEUE_FORMAT = "--format=%j|%F|%K|%T"
 SACCT_FORMAT = "--format=JobName,JobID,State"
 

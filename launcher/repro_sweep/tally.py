@@ -33,8 +33,7 @@ class Tally:
         self._failures: list[Failure] = []
         self._cancelled = {number for number in cancelled if states.get(number) is TrialState.FAIL}
         self._retried = 0
-        self.longest_s = 60 * float(str(spec.executor.get("expected_trial_min") or 0.0))
-        """How long a trial takes at most, as far as is known."""
+        self._longest_s: float | None = None
 
     def __contains__(self, number: int) -> bool:
         return number in self._states
@@ -76,7 +75,7 @@ class Tally:
         duration_s = time.monotonic() - since
         self._meter.finished(duration_s)
         if outcome.state is TrialState.COMPLETE:
-            self.longest_s = max(self.longest_s, duration_s)
+            self.note_duration(duration_s)
         if again:
             self._retried += outcome.kind is not FailureKind.CANCELLED
         elif outcome.kind is FailureKind.CANCELLED:
@@ -87,6 +86,17 @@ class Tally:
             self._failures.append(Failure(trial=number, kind=kind, message=message, directory=directory))
         else:
             self.note_result(number, outcome.state, outcome.metrics)
+
+    @property
+    def longest_s(self) -> float:
+        """How long a trial takes at most: the longest so far; before there is any, what the user expects."""
+        if self._longest_s is None:
+            return 60 * float(str(self._spec.executor.get("expected_trial_min") or 0.0))
+        return self._longest_s
+
+    def note_duration(self, duration_s: float) -> None:
+        """A trial has completed after so many seconds."""
+        self._longest_s = max(self._longest_s or 0.0, duration_s)
 
     def note_result(self, number: int, state: TrialState, metrics: Mapping[str, float]) -> None:
         """A trial has, or had already, a result."""

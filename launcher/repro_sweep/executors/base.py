@@ -27,20 +27,27 @@ _PACKAGE = "repro_sweep.executors"
 class WorkerState(StrEnum):
     """How a worker is, as its executor sees it. Unknown is alive: only what surely ended has ended.
 
+    SUSPENDED: it stands still until its cluster lets it go on; another worker with a free slot gets its trials.
     MISSING: nothing knows of it any more; it has ended if it does not speak with its coordinator either.
     """
 
     ALIVE = "ALIVE"
+    SUSPENDED = "SUSPENDED"
     MISSING = "MISSING"
     ENDED = "ENDED"
 
 
 class Cause(StrEnum):
-    """Why a worker ended: of its own accord or by its own fault, killed, sent away by its cluster, or by the user."""
+    """Why a worker ended.
+
+    Of its own accord or by its own fault, killed, sent away by its cluster for others or as its time is over, lost with
+    its machine, or by the user.
+    """
 
     OWN = "OWN"
     KILLED = "KILLED"
     EVICTED = "EVICTED"
+    LOST = "LOST"
     CANCELLED = "CANCELLED"
 
 

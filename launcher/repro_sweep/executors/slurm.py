@@ -352,19 +352,26 @@ class SlurmExecutor(Executor):
         batch.unseen = 0 if known or not missing else batch.unseen + 1
         if missing and batch.unseen >= _SURE_AFTER and time.time() > batch.submitted_at + _STARTS_WITHIN_S:
             gone = WorkerStatus(
-                state=WorkerState.MISSING, detail="is not known to SLURM any more", cause=Cause.EVICTED
+                state=WorkerState.MISSING, detail="is not known to SLURM any more", cause=Cause.LOST
             )
             batch.statuses |= dict.fromkeys(missing, gone)
 
     def _status(self, worker: str, seen: jobs.Job, *, cancelled_by_us: bool) -> WorkerStatus:
+        job = f"(job {seen.array}{f'_{seen.index}' if seen.index else ''})"
+        if seen.state in jobs.STOPPED:
+            return WorkerStatus(
+                state=WorkerState.SUSPENDED, detail=f"is {seen.state} {job}", cause=Cause.EVICTED
+            )
         if seen.state in jobs.ALIVE:
             return _ALIVE
         cause = Cause.OWN
         if seen.state in jobs.EVICTED:
             cause = Cause.EVICTED
+        elif seen.state in jobs.LOST:
+            cause = Cause.LOST
         elif seen.state == "CANCELLED":
             cause = Cause.EVICTED if cancelled_by_us else Cause.CANCELLED
-        detail = f"ended as {seen.state} (job {seen.array}{f'_{seen.index}' if seen.index else ''})"
+        detail = f"ended as {seen.state} {job}"
         if cause is Cause.OWN and seen.state != "COMPLETED":
             detail += last_words(Path(self._context.spec.directory), worker)
         return WorkerStatus(state=WorkerState.ENDED, detail=detail, cause=cause)

@@ -119,18 +119,26 @@ class Link:
             self._changed.notify_all()
 
     def _join(self, address: Address) -> protocol.Registered | None:
+        troubles: list[str] = []
         for target in address.tcp if self._over_tcp else (address.socket,):
-            registered = self._join_at(target, address)
+            registered = self._join_at(target, address, troubles)
             if registered is not None:
                 return registered
+        if troubles:
+            self.trouble = "; ".join(troubles)
+            if self._over_tcp:
+                self.trouble += (
+                    "; if this machine cannot connect to the one where the sweep was started, give an address that it"
+                    " can (sweep.executor.host), or run the coordinator as a job (sweep.detach=true)"
+                )
         return None
 
-    def _join_at(self, target: str, address: Address) -> protocol.Registered | None:
+    def _join_at(self, target: str, address: Address, troubles: list[str]) -> protocol.Registered | None:
         client = Client(target, address.token, timeout_s=_JOIN_TIMEOUT_S)
         try:
             registered = client.post("/register", self._introduce(), protocol.Registered)
         except (CoordinatorLostError, ProtocolError) as error:
-            self.trouble = str(error)
+            troubles.append(str(error) if isinstance(error, CoordinatorLostError) else f"{target}: {error}")
             log.info("no coordinator at %s: %s", target, error)
             return None
         finally:
