@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import signal
 import stat
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -13,8 +16,12 @@ from pathlib import Path
 import pytest
 from helpers import MakeProject, Project
 
+from repro_sweep.executors import slurm as slurm_executor
+from repro_sweep.executors.base import Context, Executor
 from repro_sweep.ledger import Ledger
 from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.sweep import SweepSpec
+from repro_sweep.testing.executors import ExecutorConformance
 from slurm.testbed import Cluster, Options
 
 pytest_plugins = ["slurm_cluster"]
@@ -206,6 +213,34 @@ def test_preempted_jobs_hand_their_trials_back_which_go_on_from_their_checkpoint
     assert all(sweep.last_attempt(trial).metrics["first"] > 0 for trial in sweep.trials)
 
 
+def test_the_trials_of_a_suspended_job_go_to_another_one_with_free_slots(place: Place) -> None:
+    """And the job goes on when it may, with nothing that runs elsewhere."""
+    options = (
+        "wait_s=0.2",
+        "steps=60",
+        "sweep.executor.partition=suspended",
+        "sweep.executor.cpus_per_task=4",
+    )
+    with place.project.start("+sweep=grid", "x=range(4)", *options, env=place.env) as running:
+        running.until(lambda: _reported(place) >= 12, "the trials have got somewhere")
+        high = place.cluster.submit(
+            "--partition=high", "--cpus-per-task=4", "--nodelist=node1", script="sleep 600"
+        )
+        place.cluster.until(
+            lambda: place.cluster.job_state(high) == "RUNNING", "a job is suspended for it", 60
+        )
+        running.until(lambda: place.kinds()[FailureKind.PREEMPTED] == 2, "two attempts are over")
+        running.until(lambda: place.executed().total() == 6, "their trials run elsewhere")
+        place.cluster.run("scancel", high)
+        assert running.wait() == 0, running.stderr
+    assert place.states() == {COMPLETE: 4}
+    assert place.kinds() == {FailureKind.PREEMPTED: 2}
+    messages = {each.message for each in place.project.sweep("grid").attempts if each.kind is not None}
+    assert all("its worker is SUSPENDED (job " in str(message) for message in messages)
+    assert sorted(place.executed().values()) == [1, 1, 2, 2]
+    assert place.queue() == []
+
+
 def _reported(place: Place) -> int:
     path = place.project.root / "multirun/grid/ledger.db"
     if not path.exists():
@@ -258,6 +293,40 @@ def test_the_trials_of_a_lost_node_run_elsewhere(place: Place) -> None:
     assert place.kinds() == {FailureKind.NODE_LOST: 2}
 
 
+def test_two_minutes_without_controller_and_accounting_cost_only_what_nobody_could_see(place: Place) -> None:
+    """A node is lost meanwhile: that its workers are silent is all that tells."""
+    with place.project.start(
+        "+sweep=grid", "x=range(12)", "wait_s=0.5", "steps=100", env=place.env
+    ) as running:
+        running.until(lambda: len(place.executed()) >= 4, "four trials have begun")
+        away = time.monotonic()
+        place.cluster.controller.stop()
+        place.cluster.accounting.stop()
+        place.cluster.node("node2").lose()
+        running.until(lambda: place.kinds()[FailureKind.NODE_LOST] == 2, "the silent worker is given up")
+        running.until(lambda: time.monotonic() - away > 120, "two minutes are over")
+        place.cluster.accounting.start()
+        place.cluster.controller.start()
+        place.cluster.node("node2").start()
+        running.until(lambda: place.states()[COMPLETE] == 12, "all trials are complete")
+        assert running.wait() == 0, running.stderr
+    assert place.kinds() == {FailureKind.NODE_LOST: 2}
+    assert sorted(place.executed().values()) == [1] * 10 + [2] * 2
+
+
+def test_a_sweep_ends_while_the_controller_is_away(place: Place) -> None:
+    """All its trials are done; nothing more is to be waited for."""
+    with place.project.start("+sweep=grid", "x=range(8)", "wait_s=0.2", "steps=10", env=place.env) as running:
+        running.until(lambda: len(place.executed()) >= 4, "four trials have begun")
+        place.cluster.controller.stop()
+        try:
+            assert running.wait() == 0, running.stderr
+        finally:
+            place.cluster.controller.start()
+    assert place.states() == {COMPLETE: 8}
+    assert not place.kinds()
+
+
 @pytest.mark.parametrize("daemon", ["controller", "accounting"])
 def test_a_sweep_goes_on_while_slurm_itself_is_away(place: Place, daemon: str) -> None:
     down = getattr(place.cluster, daemon)
@@ -287,38 +356,124 @@ def test_without_accounting_and_with_small_arrays_it_runs_as_well(
         assert place.queue() == []
 
 
-FAKE = """#!/bin/sh
-case "$*" in *--test-only*) exec "$REAL_SBATCH" "$@";; esac
-echo submitted >>"$SUBMISSIONS"
-{real}
+NO_ANSWER = """
 echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2
 exit 1
 """
+REFUSES_ALL_BUT_ONE = """
+case "$(cat "$1")" in *--array=*) many=1;; esac
+if [ -z "$many" ] && [ "$(wc -l <"$CALLS")" -lt 4 ]; then exec "$REAL" "$@"; fi
+echo "sbatch: error: AssocMaxSubmitJobLimit" >&2
+echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit)" >&2
+exit 1
+"""
+
+
+def _with_fake(command: str, place: Place, folder: Path, script: str) -> dict[str, str]:
+    """An environment in which one of SLURM's commands is a shell script that notes its calls.
+
+    ``sbatch --test-only`` is still the real one's.
+    """
+    real = shutil.which(command, path=place.env["PATH"])
+    assert real is not None
+    fake = folder / "bin" / command
+    fake.parent.mkdir()
+    judge = 'case "$*" in *--test-only*) exec "$REAL" "$@";; esac'
+    fake.write_text(f'#!/bin/sh\n{judge}\necho "$(date +%s.%N) $*" >>"$CALLS"\n{script}')
+    fake.chmod(0o755)
+    return {"PATH": f"{fake.parent}:{place.env['PATH']}", "REAL": real, "CALLS": str(folder / "calls")}
+
+
+def _calls(folder: Path) -> list[str]:
+    return (folder / "calls").read_text().splitlines()
 
 
 def test_a_submission_whose_reply_is_lost_is_found_by_its_name_and_not_repeated(
     place: Place, tmp_path: Path
 ) -> None:
-    env = _with_fake_sbatch(place, tmp_path, real='"$REAL_SBATCH" "$@"')
+    env = _with_fake("sbatch", place, tmp_path, '"$REAL" "$@"' + NO_ANSWER)
     place.run("+sweep=grid", "x=range(8)", "wait_s=0.2", env=env)
     assert place.states() == {COMPLETE: 8}
-    assert (tmp_path / "submissions").read_text().split() == ["submitted"]
+    assert len(_calls(tmp_path)) == 1
     assert len(place.jobs()) == 2
 
 
-def _with_fake_sbatch(place: Place, folder: Path, real: str) -> dict[str, str]:
-    import shutil
+def test_a_submission_that_slurm_has_never_got_is_repeated_once_that_is_sure(
+    place: Place, tmp_path: Path
+) -> None:
+    env = _with_fake(
+        "sbatch", place, tmp_path, '[ "$(wc -l <"$CALLS")" = 1 ] || exec "$REAL" "$@"' + NO_ANSWER
+    )
+    place.run("+sweep=grid", "x=range(4)", env=env)
+    assert place.states() == {COMPLETE: 4}
+    lost, sent = (float(line.split()[0]) for line in _calls(tmp_path))
+    assert sent - lost > 30
 
-    found = shutil.which("sbatch", path=place.env["PATH"])
-    assert found is not None
-    fake = folder / "bin/sbatch"
-    fake.parent.mkdir()
-    fake.write_text(FAKE.format(real=real))
-    fake.chmod(0o755)
-    return {
-        "PATH": f"{fake.parent}:{place.env['PATH']}", "REAL_SBATCH": found,
-        "SUBMISSIONS": str(folder / "submissions"),
-    }  # fmt: skip
+
+def test_as_many_workers_run_as_slurm_takes_and_the_others_are_submitted_when_it_takes_more(
+    place: Place, tmp_path: Path
+) -> None:
+    """Here: one job at a time, and no array; the fourth call is the next look's."""
+    env = _with_fake("sbatch", place, tmp_path, REFUSES_ALL_BUT_ONE)
+    said = place.run("+sweep=grid", "x=range(16)", "wait_s=0.5", "sweep.executor.workers=4", env=env)
+    assert place.states() == {COMPLETE: 16}
+    assert said.count("AssocMaxSubmitJobLimit") == 1
+    assert "SLURM takes no more jobs for now" in said
+    assert 1 <= len(place.jobs()) <= 3
+    assert place.queue() == []
+
+
+def test_the_queue_is_looked_at_no_more_often_than_the_user_wants(place: Place, tmp_path: Path) -> None:
+    env = _with_fake("squeue", place, tmp_path, 'exec "$REAL" "$@"')
+    options = ("wait_s=0.2", "steps=60", "sweep.executor.poll_s=4")
+    place.run("+sweep=grid", "x=range(8)", *options, env=env)
+    assert place.states() == {COMPLETE: 8}
+    looks = [float(line.split()[0]) for line in _calls(tmp_path) if "--name=" in line]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(looks)]
+    assert len(looks) >= 5
+    assert min(gaps[:4]) > 3.9  # later ones may be of the end, when the jobs leave
+    assert all("--name=grid." in line for line in _calls(tmp_path) if "--name=" in line)  # one for all jobs
+
+
+@pytest.mark.parametrize(
+    ("study", "overrides", "trials"),
+    [("optimizer_grid", (), 48), ("optimizer_search", ("sweep.budget.trials=16", "epochs=9"), 16)],
+)
+def test_the_reference_sweeps_run_on_the_cluster(
+    make_bare_project: MakeProject, cluster: Cluster, study: str, overrides: tuple[str, ...], trials: int
+) -> None:
+    """With their ranking at the end, as anywhere; in the search, some trials are pruned."""
+    root = Path(__file__).parents[1]
+    place = Place(make_bare_project({}), cluster)
+    for name in ("conf", "sweeps"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(root / name, place.project.root / name, ignore=ignored, dirs_exist_ok=True)
+    executor = (
+        "sweep/executor=slurm", "sweep.executor.workers=2", "sweep.executor.gpus_per_node=2",
+        "sweep.resources.gpus_per_trial=1", "sweep.executor.host=127.0.0.1", "sweep.executor.poll_s=1",
+    )  # fmt: skip
+    done = place.project.run(f"+sweep={study}", *executor, *overrides, env=place.env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("by val_accuracy, maximize:")
+    sweep = place.project.sweep(study)
+    assert sweep.states().total() == trials
+    assert set(sweep.states()) <= {COMPLETE, TrialState.PRUNED}
+    assert (sweep.states()[TrialState.PRUNED] > 0) == (study == "optimizer_search")
+    assert {attempt.host for attempt in sweep.attempts} == {"node1", "node2"}
+    assert len(sweep.attempts) == trials
+
+
+def test_nothing_in_a_path_or_a_name_is_a_command(make_bare_project: MakeProject, cluster: Cluster) -> None:
+    inner = make_bare_project({})
+    project = Project(
+        inner.root / """a b'c"d $(touch hacked) `touch hacked` ;touch hacked; %j &""", inner.mark
+    )
+    project.write(FILES)
+    place = Place(project, cluster)
+    place.run("+sweep=grid", "x=1,2", "+sweep.executor.additional_parameters.comment='$(touch hacked)'")
+    assert place.states() == {COMPLETE: 2}
+    assert not list(inner.root.rglob("hacked"))
+    assert [job.split("|")[2] for job in place.jobs()] == ["COMPLETED"]
 
 
 def test_what_slurm_refuses_is_one_line(place: Place) -> None:
@@ -339,3 +494,18 @@ def test_control_characters_are_refused_before_anything_starts(place: Place, opt
     said = place.run("+sweep=grid", "x=1,2", option.replace("\\n", "\n"), status=2)
     assert "control characters" in said
     assert not (place.project.root / "multirun").exists()
+
+
+class TestSlurmExecutor(ExecutorConformance):
+    """The suite that every executor must pass."""
+
+    host = "127.0.0.1"
+
+    @pytest.fixture(autouse=True)
+    def _on_the_cluster(self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        for key, value in cluster.environment().items():
+            monkeypatch.setenv(key, value)
+
+    def create(self, spec: SweepSpec, socket: str) -> Executor:
+        options = slurm_executor.Options(workers=2, poll_s=0.5, mem_gb=0.5)
+        return slurm_executor.SlurmExecutor(Context(spec=spec, socket=socket), options)

@@ -60,7 +60,7 @@ FILES = {
                 raise MemoryError
             if cfg.mode == "exit" and mine:
                 os._exit(3)
-            for step in range(600):
+            for step in range(cfg.steps):
                 distributed.all_reduce(torch.tensor([1.0]))
                 repro_sweep.report(step, score=step)
                 time.sleep(0.1)
@@ -159,11 +159,11 @@ def test_a_rank_that_fails_ends_all_and_says_why(
 def test_the_next_trial_runs_in_the_same_job_after_a_rank_has_failed(
     project: Project, cluster: Cluster
 ) -> None:
-    overrides = ("mode=raise,whole", "rank=1", "sweep.trial_timeout_min=1.2")
+    overrides = ("mode=raise,whole", "rank=1", "steps=3")
     result = project.run(*on_two_nodes("together", *overrides), env=env(cluster))
     assert result.returncode == 1
     done = project.sweep("default")
-    assert [attempt.kind for attempt in done.attempts] == [FailureKind.EXCEPTION, FailureKind.TIMEOUT]
+    assert [attempt.kind for attempt in done.attempts] == [FailureKind.EXCEPTION, None]
     assert len({attempt.worker for attempt in done.attempts}) == 1
 
 

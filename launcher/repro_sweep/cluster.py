@@ -37,6 +37,9 @@ _AWAY = (
 """What a command says when whom it asks is away."""
 _FOR_NOW = ("not available (down", "are busy", "job submit limit", "reserved")
 """What sbatch says of jobs that may run another time."""
+_NO_NODES = "node configuration is not available"
+"""What ``sbatch --test-only`` says of jobs that no node can ever run, and as well where all that could are away; then
+sbatch itself takes them (Slurm 22.05)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +90,14 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """``problems`` would keep jobs from ever running; ``notes`` are worth knowing. One line each."""
+    """``problems`` would keep jobs from ever running; ``notes`` are worth knowing. One line each.
+
+    ``away``: there are nodes that would do, and all of them are away for now.
+    """
 
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    away: bool = False
 
 
 def missing_commands() -> list[str]:
@@ -114,7 +121,8 @@ def inspect(wish: Wish, script: str) -> Findings:
         return Findings(notes=(f"the cluster does not answer, nothing is checked: {answer.said}",))
     if found.problems or answer.away:
         return found
-    if not answer.ok and any(each in answer.said for each in _FOR_NOW):
+    may_run_later = any(each in answer.said for each in _FOR_NOW)
+    if not answer.ok and (may_run_later or (found.away and _NO_NODES in answer.said)):
         return Findings(notes=(*found.notes, f"sbatch says of such a job: {answer.said}"))
     if not answer.ok:
         return Findings(problems=(f"sweep/executor=slurm: sbatch refuses such a job: {answer.said}",))
@@ -132,9 +140,10 @@ def compare(wish: Wish, facts: Facts) -> Findings:
         problems += _not_admitted(wish, partitions, facts)
         problems += _too_large(wish, partitions, facts)
         notes += _unfit(wish, partitions, facts)
+    away = bool(notes)
     _look_at_accounting(wish, facts, problems, notes)
     _look_at_numbers(wish, facts, problems, notes)
-    return Findings(problems=tuple(problems), notes=tuple(notes))
+    return Findings(problems=tuple(problems), notes=tuple(notes), away=away)
 
 
 # --- what SLURM says -------------------------------------------------------------------------------------------

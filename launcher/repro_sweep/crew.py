@@ -11,6 +11,7 @@ from repro_sweep.sweep import SweepSpec
 
 _FRUITLESS_WORKERS = 3
 _KILLED_WORKERS = 20
+_GONE = frozenset({WorkerState.ENDED, WorkerState.MISSING})
 _NO_FAULT = frozenset({Cause.EVICTED, Cause.LOST})
 
 
@@ -43,8 +44,8 @@ class Crew:
             WorkersCancelledError: the user has cancelled all of them.
         """
         statuses = self._executor.poll()
-        alive = sum(status.state is not WorkerState.ENDED for status in statuses.values())
-        ended = [status for status in statuses.values() if status.state is WorkerState.ENDED]
+        ended = [status for status in statuses.values() if status.state in _GONE]
+        alive = len(statuses) - len(ended)
         cancelled = sum(status.cause is Cause.CANCELLED for status in ended)
         wanted = self._executor.wanted(trials)
         missing = wanted - alive - cancelled

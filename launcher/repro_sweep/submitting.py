@@ -19,6 +19,19 @@ _UNSURE = (
 """What sbatch says where the controller may have the job all the same."""
 
 
+_FULL = (
+    "MaxSubmitJob",
+    "MaxJobCount",
+    "temporarily unable to accept job",
+    "Resource temporarily unavailable",
+)
+"""What it says where the user, or all users, have as many jobs as are allowed."""
+
+
+class TooManyJobsError(Exception):
+    """SLURM takes no more jobs, or not so many, for now."""
+
+
 class UnansweredError(Exception):
     """Whether a submission has worked is not known."""
 
@@ -70,6 +83,7 @@ class Submission:
 
         Raises:
             SweepError: SLURM refuses them.
+            TooManyJobsError: so many are not allowed for now.
             UnansweredError: it may have them.
         """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -83,6 +97,8 @@ class Submission:
             text = " ".join(str(error).split())
             if any(each in text for each in _UNSURE):
                 raise UnansweredError(text) from error
+            if any(each in text for each in _FULL):
+                raise TooManyJobsError(text) from error
             raise SweepError(f"sweep/executor=slurm: {text}") from error
 
     def _prepared(self, count: int) -> Any:

@@ -29,7 +29,7 @@ from repro_sweep import cluster, jobs
 from repro_sweep.errors import SweepError
 from repro_sweep.executors.base import Cause, Context, Executor, Outlook, WorkerState, WorkerStatus
 from repro_sweep.spool import write_file
-from repro_sweep.submitting import Submission, UnansweredError
+from repro_sweep.submitting import Submission, TooManyJobsError, UnansweredError
 
 REMOTE = True
 """Its workers come over TCP."""
@@ -48,6 +48,7 @@ _NAMES = (
 )  # fmt: skip
 _HAND_OVER_S = 120
 _CLOSING_POLL_S = 0.5
+_GONE = frozenset({WorkerState.ENDED, WorkerState.MISSING})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _GPUS = re.compile(r"(?:[\w.-]+:)?[0-9]+")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
@@ -135,6 +136,8 @@ class SlurmExecutor(Executor):
         self._lock = threading.Lock()
         self._batches = {batch.ident: batch for batch in self._recorded()}
         self._orders: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._held: list[_Batch] = []
+        self._why_held = ""
         self._cancelled: set[str] = set()
         self._failed: SweepError | None = None
         self._thread: threading.Thread | None = None
@@ -158,12 +161,13 @@ class SlurmExecutor(Executor):
             return Outlook(
                 problems=(f"sweep/executor=slurm: there is no SLURM on this machine ({names} not on PATH)",)
             )
-        count = max(1, self.wanted(trials))
+        wanted = max(1, self.wanted(trials))
+        count = min(wanted, self._largest_array(wanted))
         name = f"{_UNSAFE.sub('-', self._context.spec.name)}.{'x' * 10}"
         script = submission(self._options, self._context, name).script(
             worker_command(self._options, self._context, "x" * 10), count
         )
-        found = cluster.inspect(wish(self._options, self._context, count), script)
+        found = cluster.inspect(wish(self._options, self._context, wanted), script)
         return Outlook(problems=found.problems, notes=found.notes, script=script)
 
     def wanted(self, trials: int) -> int:
@@ -174,13 +178,23 @@ class SlurmExecutor(Executor):
         """Submit jobs; returns at once, and their submission may fail later."""
         if self._failed is not None:
             raise self._failed
-        if self._most is None:
-            self._most = jobs.largest_array() if count > 1 else None
-        most = self._most or count
+        most = self._largest_array(count)
         sizes = [min(most, count - begun) for begun in range(0, count, most)]
         return [worker for size in sizes for worker in self._start(size)]
 
+    def _largest_array(self, count: int) -> int:
+        """How many of so many jobs may be submitted together."""
+        if count > 1 and self._most is None:
+            self._most = jobs.largest_array()
+        return self._most or count
+
     def _start(self, count: int) -> list[str]:
+        batch = self._new_batch(count)
+        self._orders.put(("submit", batch))
+        self._serve()
+        return [batch.worker(index) for index in range(count)]
+
+    def _new_batch(self, count: int) -> _Batch:
         ident = uuid.uuid4().hex[:10]
         name = f"{_UNSAFE.sub('-', self._context.spec.name)}.{ident}"
         batch = _Batch(ident=ident, count=count, name=name, submitted_at=time.time())
@@ -189,9 +203,7 @@ class SlurmExecutor(Executor):
         with self._lock:
             self._batches[ident] = batch
             batch.statuses = dict.fromkeys(range(count), _ALIVE)
-        self._orders.put(("submit", batch))
-        self._serve()
-        return [batch.worker(index) for index in range(count)]
+        return batch
 
     def poll(self) -> Mapping[str, WorkerStatus]:
         """What SLURM has said last; jobs that it has not been asked about are alive."""
@@ -207,7 +219,7 @@ class SlurmExecutor(Executor):
     def stop(self, workers: Iterable[str]) -> None:
         """Cancel jobs: those that run get SIGTERM, and have SLURM's KillWait to leave."""
         alive = self.poll()
-        chosen = [worker for worker in workers if alive[worker].state is not WorkerState.ENDED]
+        chosen = [worker for worker in workers if worker in alive and alive[worker].state not in _GONE]
         if chosen:
             self._cancelled.update(chosen)
             self._orders.put(("cancel", chosen))
@@ -232,9 +244,7 @@ class SlurmExecutor(Executor):
             self._thread.join(timeout=_COMMAND_S)
 
     def _ended_before(self, deadline: float) -> bool:
-        while self._failed is None and any(
-            status.state is WorkerState.ALIVE for status in self.poll().values()
-        ):
+        while self._failed is None and any(status.state not in _GONE for status in self.poll().values()):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
@@ -283,9 +293,50 @@ class SlurmExecutor(Executor):
         except UnansweredError as error:
             log.warning("submission %s was not answered: %s", batch.name, error)
             return
+        except TooManyJobsError as error:
+            self._hold(batch, error)
+            return
         write_file(self._folder / f"{batch.ident}.json", batch.record())
 
+    def _hold(self, batch: _Batch, why: TooManyJobsError) -> None:
+        """SLURM has no room for so many jobs: try half of them, and the others at later looks."""
+        if batch.count == 1:
+            if str(why) != self._why_held:
+                log.warning("SLURM takes no more jobs for now: workers wait to be submitted: %s", why)
+                self._why_held = str(why)
+            self._held.append(batch)
+            return
+        self._drop(batch)
+        for size in (batch.count - batch.count // 2, batch.count // 2):
+            half = self._new_batch(size)
+            if self._held:
+                self._held.append(half)
+            else:
+                self._submit(half)
+
+    def _try_held(self) -> None:
+        held, self._held = self._held, []
+        for batch in held:
+            if self._closing:
+                self._drop(batch)
+            elif self._held:
+                self._held.append(batch)
+            else:
+                batch.submitted_at = time.time()
+                self._submit(batch)
+
+    def _drop(self, batch: _Batch) -> None:
+        """Forget a batch that was never submitted."""
+        with self._lock:
+            del self._batches[batch.ident]
+        (self._folder / f"{batch.ident}.json").unlink(missing_ok=True)
+
     def _cancel(self, workers: Sequence[str]) -> None:
+        for batch in [
+            each for each in self._held if each.worker(0) in workers
+        ]:  # all of it: nobody knows it yet
+            self._held.remove(batch)
+            self._drop(batch)
         with self._lock:
             ids = [
                 batch.job + (f"_{index}" if batch.count > 1 else "")
@@ -301,6 +352,7 @@ class SlurmExecutor(Executor):
 
     def _look(self) -> None:
         """One look at the queue for all jobs, and one at the accounting for those that are not there."""
+        self._try_held()
         with self._lock:
             open_ones = [batch for batch in self._batches.values() if self._is_open(batch)]
         if not open_ones:
@@ -327,7 +379,7 @@ class SlurmExecutor(Executor):
                 self._note(batch, seen)
 
     def _is_open(self, batch: _Batch) -> bool:
-        return len(batch.statuses) < batch.count or bool(self._left(batch))
+        return batch not in self._held and bool(self._left(batch))
 
     def _left(self, batch: _Batch) -> list[int]:
         """The indices of a batch's workers of whose ends nothing is known."""

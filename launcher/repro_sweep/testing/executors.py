@@ -8,10 +8,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from repro_sweep.config.identity import identity
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.executors.base import Executor, WorkerState
+from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import NewTrial, now
 from repro_sweep.server import Server
@@ -24,6 +26,9 @@ _PATIENCE_S = 60.0
 
 class ExecutorConformance(ABC):
     """Subclass it as ``class TestMine(ExecutorConformance)``."""
+
+    host: ClassVar[str | None] = None
+    """Where the coordinator listens for workers on other machines (see ``server.Server``); None: there are none."""
 
     @abstractmethod
     def create(self, spec: SweepSpec, socket: str) -> Executor:
@@ -47,9 +52,11 @@ class ExecutorConformance(ABC):
         states: dict[str, WorkerState] = {}
 
         async def run() -> None:
-            coordinator = Coordinator(spec, ledger, None)
-            server = Server(coordinator)
+            lease = Lease.acquire(ledger, spec.name)
+            coordinator = Coordinator(spec, ledger, None, lease)
+            server = Server(coordinator, self.host)
             await server.start()
+            lease.announce(server.path, server.tcp, server.token)
             executor = self.create(spec, server.path)
             await coordinator.run(executor)
             states.update({worker: status.state for worker, status in executor.poll().items()})
@@ -61,7 +68,9 @@ class ExecutorConformance(ABC):
         counts, attempts = recorded.counts(), recorded.attempts()
         recorded.close()
         assert counts[TrialState.COMPLETE] == 8
-        assert [attempt.metrics for attempt in attempts] == [{"x": float(number)} for number in range(8)]
+        found = {attempt.trial: attempt.metrics for attempt in attempts}
+        assert found == {number: {"x": float(number)} for number in range(8)}
+        assert len(attempts) == 8
         assert states
         assert set(states.values()) == {WorkerState.ENDED}
 
