@@ -147,6 +147,12 @@ CASES = {
     ),
     "config directory": Bad((GOOD, "--config-dir=nosuch"), ("--config-dir", "nosuch")),
     "MLflow URI": Bad((GOOD, "sweep.tracking.uri=htp://mlflow:5000"), ("sweep.tracking.uri", "htp://mlflow:5000")),
+    "MLflow store that MLflow cannot make": Bad(
+        (GOOD, "sweep.tracking.uri='sqlite:///a\\'b\"c.db'"), ("sweep.tracking.uri", "both kinds of quotes")
+    ),
+    "MLflow store that MLflow cannot open": Bad(
+        (GOOD, "sweep.tracking.uri='sqlite:///a%b.db'"), ("sweep.tracking.uri", "contains '%'")
+    ),
     "MLflow URI without a host": Bad((GOOD, "sweep.tracking.uri=http://"), ("sweep.tracking.uri", "http://")),
     "port of the MLflow URI": Bad((GOOD, "sweep.tracking.uri=http://host:port"), ("sweep.tracking.uri", "port")),
     "MLflow URI of the environment": Bad(

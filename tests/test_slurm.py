@@ -55,7 +55,9 @@ FILES = {
             first = int(kept.read_text()) if kept.exists() else 0
             for step in range(first, cfg.steps):
                 time.sleep(cfg.wait_s)
-                kept.write_text(str(step + 1))
+                new = kept.with_name(f"step-{os.getpid()}")
+                new.write_text(str(step + 1))
+                new.replace(kept)
                 repro_sweep.report(step, score=cfg.x)
             return {"score": cfg.x, "first": first}
     """,
@@ -101,6 +103,11 @@ class Place:
     def states(self) -> Counter[TrialState]:
         """How many trials are in each state."""
         return self.project.sweep("grid").states()
+
+    def failures(self) -> list[str | None]:
+        """What the attempts said that were the trials' own fault."""
+        clusters = (None, FailureKind.PREEMPTED, FailureKind.NODE_LOST)
+        return [each.message for each in self.project.sweep("grid").attempts if each.kind not in clusters]
 
     def kinds(self) -> Counter[FailureKind]:
         """How often attempts have failed as each kind."""
@@ -232,7 +239,9 @@ def test_the_trials_of_a_suspended_job_go_to_another_one_with_free_slots(place: 
         running.until(lambda: place.kinds()[FailureKind.PREEMPTED] == 2, "two attempts are over")
         running.until(lambda: place.executed().total() == 6, "their trials run elsewhere")
         place.cluster.run("scancel", high)
-        assert running.wait() == 0, running.stderr
+        code = running.wait()
+    assert place.failures() == []
+    assert code == 0, running.stderr
     assert place.states() == {COMPLETE: 4}
     assert place.kinds() == {FailureKind.PREEMPTED: 2}
     messages = {each.message for each in place.project.sweep("grid").attempts if each.kind is not None}
@@ -417,7 +426,7 @@ def test_as_many_workers_run_as_slurm_takes_and_the_others_are_submitted_when_it
     env = _with_fake("sbatch", place, tmp_path, REFUSES_ALL_BUT_ONE)
     said = place.run("+sweep=grid", "x=range(16)", "wait_s=0.5", "sweep.executor.workers=4", env=env)
     assert place.states() == {COMPLETE: 16}
-    assert said.count("AssocMaxSubmitJobLimit") == 1
+    assert said.count("AssocMaxSubmitJobLimit") == 1, said
     assert "SLURM takes no more jobs for now" in said
     assert 1 <= len(place.jobs()) <= 3
     assert place.queue() == []
@@ -465,9 +474,7 @@ def test_the_reference_sweeps_run_on_the_cluster(
 
 def test_nothing_in_a_path_or_a_name_is_a_command(make_bare_project: MakeProject, cluster: Cluster) -> None:
     inner = make_bare_project({})
-    project = Project(
-        inner.root / """a b'c"d $(touch hacked) `touch hacked` ;touch hacked; %j &""", inner.mark
-    )
+    project = Project(inner.root / """a b'c $(touch hacked) `touch hacked` ;touch hacked; &""", inner.mark)
     project.write(FILES)
     place = Place(project, cluster)
     place.run("+sweep=grid", "x=1,2", "+sweep.executor.additional_parameters.comment='$(touch hacked)'")

@@ -22,7 +22,7 @@ from repro_sweep import jobs
 from repro_sweep.errors import SweepError
 from repro_sweep.executors import base as executors
 from repro_sweep.spool import write_file
-from repro_sweep.submitting import Submission, UnansweredError
+from repro_sweep.submitting import Submission, TooManyJobsError, UnansweredError
 from repro_sweep.sweep import SweepSpec
 
 RECORD = "coordinator-job.json"
@@ -75,6 +75,8 @@ def submit(spec: SweepSpec) -> str:
     command = "exec " + shlex.join([sys.executable, "-P", "-m", KEEPER, "--directory", str(directory)])
     try:
         job = submission.submit(command)
+    except TooManyJobsError as error:
+        raise SweepError(f"sweep.detach: SLURM takes no more jobs of yours for now: {error}") from error
     except UnansweredError as error:
         found = _await_known(directory)
         if found is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ _FULL = (
     "Resource temporarily unavailable",
 )
 """What it says where the user, or all users, have as many jobs as are allowed."""
+_ANSWER_S = 120.0
 
 
 class TooManyJobsError(Exception):
@@ -67,8 +70,6 @@ class Submission:
         try:
             self._executor = slurm(folder, max_num_timeout=0)
             self._executor.update_parameters(**_in_slurms_words(parameters))
-            make = self._executor._make_submission_command
-            self._executor._make_submission_command = lambda path: [*_outside(os.environ), *make(path)]
         except RuntimeError as error:
             raise SweepError(f"sweep/executor=slurm: there is no SLURM here: {error}") from error
         except (ValueError, TypeError) as error:
@@ -86,22 +87,40 @@ class Submission:
             TooManyJobsError: so many are not allowed for now.
             UnansweredError: it may have them.
         """
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
+        from submitit.core.utils import FailedSubmissionError
 
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._folder / f".submission_{uuid.uuid4().hex}.sh"
+        path.write_text(self.script(command, count))
         try:
-            return str(self._prepared(count)._submit_command(command).job_id)
+            job = str(self._executor._get_job_id_from_submission_command(_sbatch(path)))
         except FailedSubmissionError as error:
-            raise UnansweredError(str(error)) from error
-        except FailedJobError as error:
-            text = " ".join(str(error).split())
-            if any(each in text for each in _UNSURE):
-                raise UnansweredError(text) from error
-            if any(each in text for each in _FULL):
-                raise TooManyJobsError(text) from error
-            raise SweepError(f"sweep/executor=slurm: {text}") from error
+            raise UnansweredError(" ".join(str(error).split())) from error
+        path.rename(self._folder / f"{job}_submission.sh")
+        return job
 
     def _prepared(self, count: int) -> Any:
         if count > 1:
             self._executor.parameters["map_count"] = count  # as submitit itself does for an array
         return self._executor
+
+
+def _sbatch(script: Path) -> str:
+    """What sbatch says of a job that it has taken; submitit's own call would print its complaints."""
+    command = [*_outside(os.environ), "sbatch", str(script)]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UnansweredError(f"sbatch says nothing for {_ANSWER_S:g} s") from error
+    except OSError as error:
+        raise SweepError(f"sweep/executor=slurm: sbatch: {error}") from error
+    if not done.returncode:
+        return done.stdout
+    text = "; ".join(line.removeprefix("sbatch: error: ").strip() for line in done.stderr.splitlines())
+    if any(each in text for each in _UNSURE):
+        raise UnansweredError(text)
+    if any(each in text for each in _FULL):
+        raise TooManyJobsError(text)
+    raise SweepError(f"sweep/executor=slurm: {text}")

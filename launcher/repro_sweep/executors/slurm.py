@@ -235,7 +235,7 @@ class SlurmExecutor(Executor):
         if self._batches and self._failed is None:
             self._orders.put(("look", None))
             self._serve()
-            if not self._ended_before(min(deadline, time.monotonic() + _LEAVE_S)):
+            if not self._ended_before(time.monotonic() + min(_LEAVE_S, timeout_s / 3)):
                 with contextlib.suppress(SweepError):
                     self.stop(self.poll())
                 self._ended_before(deadline)
@@ -338,13 +338,20 @@ class SlurmExecutor(Executor):
             self._held.remove(batch)
             self._drop(batch)
         with self._lock:
-            ids = [
-                batch.job + (f"_{index}" if batch.count > 1 else "")
+            chosen = {
+                batch.ident: [index for index in range(batch.count) if batch.worker(index) in workers]
                 for batch in self._batches.values()
-                for index in range(batch.count)
-                if batch.job is not None and batch.worker(index) in workers
-            ]
-            names = [batch.name for batch in self._batches.values() if batch.job is None]
+            }
+            affected = [batch for batch in self._batches.values() if chosen.get(batch.ident)]
+        if any(batch.job is None for batch in affected):
+            self._look()
+        ids = [
+            batch.job + (f"_{index}" if batch.count > 1 else "")
+            for batch in affected
+            if batch.job is not None
+            for index in chosen[batch.ident]
+        ]
+        names = [batch.name for batch in affected if batch.job is None]
         if ids:
             jobs.ask("scancel", *ids)
         for name in names:  # submitted perhaps

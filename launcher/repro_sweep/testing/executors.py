@@ -107,7 +107,9 @@ class ExecutorConformance(ABC):
             later.close(timeout_s=5.0)
             assert _alive(later) == set()
             assert _becomes(lambda: _alive(earlier) == set())
-            assert _alive(self.create(spec, nobody)) == set()
+            last = self.create(spec, nobody)
+            assert _becomes(lambda: _alive(last) == set())
+            last.close(timeout_s=5.0)
         finally:
             earlier.close(timeout_s=5.0)
 
