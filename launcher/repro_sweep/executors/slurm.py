@@ -38,7 +38,6 @@ SPANS_NODES = True
 FOLDER = "slurm"
 _WORKER = "repro_sweep.worker.slurm"
 _WHERE = "sweep.executor"
-_COMMAND_S = 60.0
 _SURE_AFTER = 2
 """So many answers of squeue without a job mean that it is gone, where accounting cannot tell."""
 _STARTS_WITHIN_S = 30.0
@@ -241,7 +240,7 @@ class SlurmExecutor(Executor):
                 self._ended_before(deadline)
         self._orders.put(("end", None))
         if self._thread is not None:
-            self._thread.join(timeout=_COMMAND_S)
+            self._thread.join(timeout=max(_LEAVE_S, deadline - time.monotonic()))
 
     def _ended_before(self, deadline: float) -> bool:
         while self._failed is None and any(status.state not in _GONE for status in self.poll().values()):
