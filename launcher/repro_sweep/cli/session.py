@@ -161,7 +161,9 @@ class _Session:
         self._lease = lease
         self._interrupts = 0
         self._stopped = False
-        self._tracker = TrackerProcess(Path(self._spec.directory), lease.holder.epoch)
+        self._tracker = TrackerProcess(
+            Path(self._spec.directory), lease.holder.epoch, yields=not executors.is_remote(self._spec)
+        )
         self._asker: AskingProcess | None = None
         if self._spec.search is not None or self._spec.pruner is not None:
             self._asker = AskingProcess(Path(self._spec.directory))

@@ -8,13 +8,14 @@ MLflow is imported here and nowhere near a trial or the coordinator. The two sid
                              {"elsewhere": {identity: {…}, …}, "more": true}    {"elsewhere": {}, "error": "one line"}
                              {"left": 12, "error": null, "moved": 34567}, about once a second
 
-Started by hand, ``python -m repro_sweep.tracking.process DIRECTORY [EPOCH]`` brings MLflow up to date until it is told
-to stop, or until the sweep has a coordinator with a larger epoch, whose own tracker goes on. What MLflow and its parts
-write goes to ``tracking.log`` in the sweep's directory.
+Started by hand, ``python -m repro_sweep.tracking.process DIRECTORY [--epoch N]`` brings MLflow up to date until it is
+told to stop, or until the sweep has a coordinator with a larger epoch, whose own tracker goes on. What MLflow and its
+parts write goes to ``tracking.log`` in the sweep's directory.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import importlib
@@ -55,13 +56,17 @@ _logger = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tracker of the sweep in the given directory until it is done or told to stop."""
-    directory, *rest = sys.argv[1:] if argv is None else argv
-    epoch = int(rest[0]) if rest else None
+    parser = argparse.ArgumentParser(prog="repro-sweep-tracker")
+    parser.add_argument("directory", type=Path, help="the sweep's")
+    parser.add_argument("--epoch", type=int, help="of the coordinator that it works for")
+    parser.add_argument("--yield", dest="yields", action="store_true", help="trials run on this machine")
+    args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, which tells us what to do
-    _yield_to_trials()
-    with private_stdout(Path(directory) / LOG_NAME) as out:
+    if args.yields:
+        _yield_to_trials()
+    with private_stdout(args.directory / LOG_NAME) as out:
         try:
-            _Loop(Path(directory), epoch, out).run()
+            _Loop(args.directory, args.epoch, out).run()
         except ReproSweepError as error:
             _logger.error("%s", error)  # noqa: TRY400  (one line is what the user needs)
             return 1
@@ -197,11 +202,17 @@ class TrackerProcess:
     """The coordinator's end: starts the process, starts it again if it dies, and asks it things. One event loop's.
 
     Nothing here waits for MLflow unless it is asked to.
+
+    Args:
+        directory: the sweep's.
+        epoch: the coordinator's; None: it works for none.
+        yields: whether it makes way for trials that run on this machine.
     """
 
-    def __init__(self, directory: Path, epoch: int | None = None) -> None:
+    def __init__(self, directory: Path, epoch: int | None = None, *, yields: bool = True) -> None:
         self._directory = directory
         self._epoch = epoch
+        self._yields = yields
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._asked: dict[int, list[asyncio.Future[RunRef]]] = {}
@@ -283,8 +294,8 @@ class TrackerProcess:
 
     async def _spawn(self) -> None:
         command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, str(self._directory)]
-        if self._epoch is not None:
-            command.append(str(self._epoch))
+        command += [] if self._epoch is None else ["--epoch", str(self._epoch)]
+        command += ["--yield"] if self._yields else []
         self._spoke = False
         self._process = await asyncio.create_subprocess_exec(
             *command,
@@ -388,4 +399,7 @@ class TrackerProcess:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)  # all is on disk, and Python would take a second to take MLflow apart
