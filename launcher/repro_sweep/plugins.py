@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Set as AbstractSet
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from types import ModuleType
 
 PORT: frozenset[str] = frozenset({"base"})
@@ -16,7 +18,7 @@ def names(package: str, group: str, helpers: AbstractSet[str] = PORT) -> tuple[s
     """The names of all backends, sorted; none is imported for it. The modules ``helpers`` are none."""
     found = pkgutil.iter_modules(importlib.import_module(package).__path__)
     own = {module.name for module in found} - helpers
-    return tuple(sorted(own | {entry.name for entry in entry_points(group=group)}))
+    return tuple(sorted(own | {entry.name for entry in _entries(group)}))
 
 
 def load(package: str, group: str, name: str, helpers: AbstractSet[str] = PORT) -> ModuleType | None:
@@ -28,5 +30,15 @@ def load(package: str, group: str, name: str, helpers: AbstractSet[str] = PORT) 
     except ModuleNotFoundError as error:
         if error.name != f"{package}.{name}":
             raise
-    module: ModuleType = next(iter(entry_points(group=group, name=name))).load()
+    module: ModuleType = next(entry for entry in _entries(group) if entry.name == name).load()
     return module
+
+
+def _entries(group: str) -> EntryPoints:
+    return _all_entries(tuple(sys.path)).select(group=group)
+
+
+@functools.cache
+def _all_entries(_path: tuple[str, ...]) -> EntryPoints:
+    """Reading what all installed packages declare takes tens of milliseconds, and each command asks dozens of times."""
+    return entry_points()
