@@ -735,7 +735,7 @@ def test_a_searcher_of_an_installed_package_is_found_by_its_entry_point(
     module = ModuleType("other_package")
     monkeypatch.setitem(sys.modules, "other_package", module)
     entry = EntryPoint(name="other", value="other_package", group=base.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(plugins, "entry_points", EntryPoints([entry]).select)
+    monkeypatch.setattr(plugins, "_declared", lambda group, path: EntryPoints([entry]).select(group=group))
     assert set(base.names()) >= {"grid", "other"}
     with pytest.raises(SpaceError, match=r"other_package\.OPTIONS must be a dataclass, got None"):
         base.load("other")

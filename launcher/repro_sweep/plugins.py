@@ -35,10 +35,10 @@ def load(package: str, group: str, name: str, helpers: AbstractSet[str] = PORT) 
 
 
 def _entries(group: str) -> EntryPoints:
-    return _all_entries(tuple(sys.path)).select(group=group)
+    return _declared(group, tuple(sys.path))
 
 
 @functools.cache
-def _all_entries(_path: tuple[str, ...]) -> EntryPoints:
+def _declared(group: str, _path: tuple[str, ...]) -> EntryPoints:
     """Reading what all installed packages declare takes tens of milliseconds, and each command asks dozens of times."""
-    return entry_points()
+    return entry_points(group=group)
