@@ -58,7 +58,7 @@ from repro_sweep.tracking.base import Progress
 class NoTracker:
     progress = Progress(left=0, done=True)
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         pass
 
     async def start(self):

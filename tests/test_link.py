@@ -127,6 +127,19 @@ def test_a_message_is_sent_again_while_the_coordinator_has_an_error(
     client.close()
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_whoever_has_got_the_coordinators_address_since_is_not_the_coordinator(
+    coordinators: Callable[..., Coordinator], status: int
+) -> None:
+    """Another sweep's, or anything else that speaks HTTP: the worker waits for its own."""
+    coordinator = coordinators()
+    coordinator.answers["/heartbeat"] = [(status, "who are you?")]
+    client = Client(coordinator.path)
+    with pytest.raises(CoordinatorLostError, match=f"{status} who are you"):
+        client.post("/heartbeat", BEAT, protocol.Beat)
+    client.close()
+
+
 def test_a_message_that_the_coordinator_refuses_is_not_sent_again(
     coordinators: Callable[..., Coordinator],
 ) -> None:

@@ -211,7 +211,7 @@ raise SystemExit(CODE)
 
 
 @pytest.mark.parametrize(
-    ("lives", "code", "times", "status"), [(1, 3, 1, 3), (3, 0, 3, 0), (99, 0, 6, 1), (1, 130, 1, 0)]
+    ("lives", "code", "times", "status"), [(1, 3, 1, 3), (3, 0, 3, 0), (99, 0, 6, 1), (1, 130, 1, 130)]
 )
 def test_a_killed_coordinator_is_started_again_some_times_and_one_that_has_ended_is_not(
     tmp_path: Path, lives: int, code: int, times: int, status: int

@@ -14,14 +14,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import MakeProject, Project
+from helpers import MakeProject, Project, eventually
 
+from repro_sweep import jobs
 from repro_sweep.executors import slurm as slurm_executor
 from repro_sweep.executors.base import Context, Executor
 from repro_sweep.ledger import Ledger
 from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.submitting import TooManyJobsError
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.testing.executors import ExecutorConformance
+from repro_sweep.testing.executors import ExecutorConformance, sweep
 from slurm.testbed import Cluster, Options
 
 pytest_plugins = ["slurm_cluster"]
@@ -430,6 +432,35 @@ def test_as_many_workers_run_as_slurm_takes_and_the_others_are_submitted_when_it
     assert "SLURM takes no more jobs for now" in said
     assert 1 <= len(place.jobs()) <= 3
     assert place.queue() == []
+
+
+def test_while_slurm_refuses_many_jobs_there_never_seem_to_be_too_few(tmp_path: Path) -> None:
+    """Else more would be started, again and again."""
+    spec = sweep(tmp_path)
+    executor = slurm_executor.SlurmExecutor(
+        Context(spec=spec, socket=""), slurm_executor.Options(workers=8, poll_s=60)
+    )
+    counts: list[int] = []
+
+    class Refusing:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def submit(self, command: str, count: int) -> str:
+            counts.append(len(executor.poll()))
+            if count > 1:
+                raise TooManyJobsError("AssocMaxSubmitJobLimit")
+            time.sleep(0.05)
+            return str(len(counts))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slurm_executor, "submission", Refusing)
+        patch.setattr(jobs, "ask", lambda *_, **__: None)
+        patch.setattr(jobs, "largest_array", lambda: 1000)
+        executor.start(8)
+        eventually(lambda: len(counts) == 15, "all are submitted one by one")
+        executor.close(0.1)
+    assert min(counts) == 8
 
 
 def test_the_queue_is_looked_at_no_more_often_than_the_user_wants(place: Place, tmp_path: Path) -> None:

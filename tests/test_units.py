@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import re
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from helpers import a_ledger, a_spec, attempt, complete, environment, failed
 
 import repro_sweep
 from repro_sweep import coordinator as coordinator_module
-from repro_sweep import errors, machine, protocol, retries, task
+from repro_sweep import errors, jobs, machine, protocol, retries, submitting, task
 from repro_sweep.coordinator import Coordinator
+from repro_sweep.crew import Crew, WorkersCancelledError
 from repro_sweep.errors import LedgerError, SweepError, TaskError
 from repro_sweep.executors.base import Cause, Executor, WorkerState, WorkerStatus
 from repro_sweep.handout import Handout
@@ -458,6 +460,63 @@ def test_what_became_of_a_worker_is_what_became_of_its_trial(
     assert lost is not None
     assert (lost.kind, lost.message) == (kind, "its worker is away")
     found.close()
+
+
+@pytest.mark.parametrize(
+    ("causes", "trials", "missing"),
+    [
+        ((Cause.CANCELLED, Cause.EVICTED), 1, 1),  # one may still run
+        ((Cause.CANCELLED, Cause.EVICTED), 9, 1),
+        ((Cause.EVICTED, Cause.EVICTED), 9, 2),
+        ((Cause.CANCELLED, None), 9, 0),
+        ((Cause.CANCELLED, Cause.CANCELLED), 9, None),
+        ((Cause.CANCELLED, Cause.CANCELLED), 0, 0),
+    ],
+)
+def test_workers_that_the_user_cancels_are_not_replaced_and_those_that_the_cluster_ends_are(
+    spec: SweepSpec, causes: tuple[Cause | None, ...], trials: int, missing: int | None
+) -> None:
+    class Two(OneWorker):
+        def wanted(self, trials: int) -> int:
+            return min(2, trials)
+
+    executor = Two()
+    executor.beside = {
+        str(number): WorkerStatus(state=WorkerState.ALIVE)
+        if cause is None
+        else WorkerStatus(state=WorkerState.ENDED, cause=cause)
+        for number, cause in enumerate(causes)
+    }
+    crew = Crew(spec, executor)
+    if missing is None:
+        with pytest.raises(WorkersCancelledError, match="all of its workers were cancelled"):
+            crew.missing(trials)
+    else:
+        assert crew.missing(trials) == missing
+    assert crew.knows("0") is (causes[0] is None)
+
+
+def test_what_the_user_has_set_for_sbatch_and_squeue_by_hand_changes_no_job_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "squeue").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for key in ("SQUEUE_PARTITION", "SBATCH_JOB_NAME", "SBATCH_ACCOUNT", "SLURM_CONF", "SLURM_JOB_NAME"):
+        monkeypatch.setenv(key, "mine")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    said = jobs.ask("squeue")
+    assert said is not None
+    assert "SQUEUE_PARTITION" not in said
+    assert "SLURM_CONF=mine" in said
+    outside = submitting._outside(os.environ)
+    assert "SBATCH_JOB_NAME" not in outside
+    assert outside["SBATCH_ACCOUNT"] == "mine"  # where the script names none
+    assert outside["SLURM_JOB_NAME"] == "mine"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    inside = submitting._outside(os.environ)
+    assert not {"SLURM_JOB_NAME", "SLURM_JOB_ID"} & set(inside)
+    assert inside["SLURM_CONF"] == "mine"
 
 
 def test_a_suspended_worker_keeps_its_trial_while_no_other_has_a_free_slot(

@@ -11,6 +11,7 @@ from repro_sweep.sweep import SweepSpec
 
 _FRUITLESS_WORKERS = 3
 _KILLED_WORKERS = 20
+_MANY = 1_000_000
 _GONE = frozenset({WorkerState.ENDED, WorkerState.MISSING})
 _NO_FAULT = frozenset({Cause.EVICTED, Cause.LOST})
 
@@ -33,8 +34,9 @@ class Crew:
         self._fruitless.clear()
 
     def knows(self, worker: str) -> bool:
-        """Whether a worker is one that is wanted: one that the executor has started, now or earlier."""
-        return worker in self._executor.poll()
+        """Whether a worker is one that is wanted: one that the executor has started and that has not ended."""
+        status = self._executor.poll().get(worker)
+        return status is not None and status.state is not WorkerState.ENDED
 
     def missing(self, trials: int) -> int:
         """How many workers are missing for so many trials; those that the user has cancelled are not replaced.
@@ -48,8 +50,9 @@ class Crew:
         alive = len(statuses) - len(ended)
         cancelled = sum(status.cause is Cause.CANCELLED for status in ended)
         wanted = self._executor.wanted(trials)
-        missing = wanted - alive - cancelled
-        if wanted > 0 and not alive and missing <= 0:
+        left = self._executor.wanted(_MANY) - cancelled
+        missing = min(wanted, left) - alive
+        if wanted > 0 and not alive and left <= 0:
             raise WorkersCancelledError(
                 f"sweep/executor={self._spec.executor_name}: all of its workers were cancelled; nothing is lost:"
                 f" 'repro-sweep resume {self._spec.name}' goes on"

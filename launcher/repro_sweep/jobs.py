@@ -12,19 +12,16 @@ from dataclasses import dataclass
 _COMMAND_S = 60.0
 _SHORT_S = 5.0
 _DEFAULT_ARRAY = 1001
-ALIVE = frozenset(
-    {
-        "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD",
-        "REQUEUE_FED", "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "RESV_DEL_HOLD",
-    }
-)  # fmt: skip
-"""The states of jobs that have not ended, by sbatch's and squeue's manuals."""
 STOPPED = frozenset({"SUSPENDED", "STOPPED"})
-"""Those of them that stand still until the cluster lets them go on."""
+"""The states of jobs that stand still until the cluster lets them go on."""
 EVICTED = frozenset({"TIMEOUT", "PREEMPTED", "DEADLINE", "REVOKED"})
 """The states of jobs that the cluster has ended."""
 LOST = frozenset({"NODE_FAIL", "BOOT_FAIL"})
 """Those of jobs that ended with a node."""
+ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "OUT_OF_MEMORY"}) | EVICTED | LOST
+"""Those of all jobs that have ended, by squeue's manual; whatever else it says, a job lives."""
+_OWN_OPTIONS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_")
+"""What these commands' variables begin with, by which a user changes what they say by hand."""
 SQUEUE_FORMAT = "--format=%j|%F|%K|%T"
 SACCT_FORMAT = "--format=JobName,JobID,State"
 
@@ -78,7 +75,10 @@ def ask(*command: str, timeout_s: float = _COMMAND_S) -> str | None:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL,
-            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
+            env={
+                **{key: value for key, value in os.environ.items() if not key.startswith(_OWN_OPTIONS)},
+                "SLURM_TIME_FORMAT": "standard",
+            },
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning("%s: %s", command[0], error)

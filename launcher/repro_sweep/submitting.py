@@ -16,13 +16,15 @@ _UNSURE = (
     "Socket timed out",
     "Unable to contact slurm controller",
     "Zero Bytes were transmitted",
-    "Connection",
+    "onnection",  # with a capital or not, it has failed, was refused, or reset
+    "Message receive failure",
 )
 """What sbatch says where the controller may have the job all the same."""
 
 
 _FULL = (
     "MaxSubmitJob",
+    "GrpSubmitJob",
     "MaxJobCount",
     "temporarily unable to accept job",
     "Resource temporarily unavailable",
@@ -39,10 +41,24 @@ class UnansweredError(Exception):
     """Whether a submission has worked is not known."""
 
 
-def _outside(environ: Mapping[str, str]) -> list[str]:
-    """What makes a command see nothing of the job that this process runs in: its options are not the new job's."""
-    mine = [key for key in environ if key.startswith(("SLURM_", "SLURMD_")) and key != "SLURM_CONF"]
-    return ["env", *(f"--unset={key}" for key in mine)] if "SLURM_JOB_ID" in environ else []
+_SCRIPTS_OWN = frozenset(
+    f"SBATCH_{name}"
+    for name in (
+        "JOB_NAME", "TIMELIMIT", "SIGNAL", "REQUEUE", "NO_REQUEUE", "OUTPUT", "ERROR", "WAIT", "ARRAY_INX",
+        "OPEN_MODE", "EXPORT", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "MEM_PER_CPU", "MEM_PER_GPU",
+    )
+)  # fmt: skip
+"""sbatch takes these variables of the user's before what the script says, which it says for good reasons."""
+
+
+def _outside(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment for sbatch with nothing of the job that this process runs in, nor what undoes the script."""
+    inside = ("SLURM_", "SLURMD_") if "SLURM_JOB_ID" in environ else ()
+    return {
+        key: value
+        for key, value in environ.items()
+        if key not in _SCRIPTS_OWN and (key == "SLURM_CONF" or not key.startswith(inside))
+    }
 
 
 def _in_slurms_words(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,11 +123,11 @@ class Submission:
 
 def _sbatch(script: Path) -> str:
     """What sbatch says of a job that it has taken; submitit's own call would print its complaints."""
-    command = [*_outside(os.environ), "sbatch", str(script)]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_S, check=False
-        )
+            ["sbatch", str(script)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_S,
+            check=False, env=_outside(os.environ),
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise UnansweredError(f"sbatch says nothing for {_ANSWER_S:g} s") from error
     except OSError as error:

@@ -101,7 +101,9 @@ def _prepare(swarm: Swarm, name: str) -> int:
             command.until(lambda: len(swarm.trial_pids()) == SLOTS, "trials run")
             command.process.kill()
         swarm.release()
-        eventually(lambda: swarm.kept_results() and not swarm.trial_pids(), "all results are kept")
+        eventually(
+            lambda: len(swarm.kept_results()) == SLOTS and not swarm.trial_pids(), "both results are kept"
+        )
         end_leftovers(swarm, AGENT)  # it would deliver them itself
     elif name in WHEN_A_WORKER_STARTS:
         end_leftovers(swarm, AGENT)

@@ -53,7 +53,9 @@ class Keeper:
             if self._handing_over and code in (_HANDED_OVER, _INTERRUPTED):
                 return self._requeue()
             if self._ending or code >= 0:
-                return 0 if code < 0 or code in (_HANDED_OVER, _INTERRUPTED) else code
+                return (
+                    0 if code < 0 or code == _HANDED_OVER or (self._ending and code == _INTERRUPTED) else code
+                )
             now = time.monotonic()
             if len(kills) == _MOST_KILLS and now - kills[0] < _WITHIN_S:
                 _say(
@@ -100,11 +102,17 @@ class Keeper:
         if self._job is None:
             return 0
         _say("this job's time is nearly over: it is queued again, and goes on then")
-        asked = subprocess.run(["scontrol", "requeue", self._job], timeout=_COMMAND_S, check=False)
-        if asked.returncode:
-            return 1
-        time.sleep(_REQUEUED_S)
-        return 0
+        until = time.monotonic() + _REQUEUED_S
+        while time.monotonic() < until:  # the controller may be away for a moment
+            try:
+                asked = subprocess.run(["scontrol", "requeue", self._job], timeout=_COMMAND_S, check=False)
+            except subprocess.TimeoutExpired:
+                continue
+            if not asked.returncode:
+                time.sleep(_REQUEUED_S)
+                return 0
+            time.sleep(_LOOK_S)
+        return 1
 
 
 def _say(text: str) -> None:

@@ -42,6 +42,7 @@ _SURE_AFTER = 2
 """So many answers of squeue without a job mean that it is gone, where accounting cannot tell."""
 _STARTS_WITHIN_S = 30.0
 _LEAVE_S = 5.0
+_CANCEL_AGAIN_S = 20.0
 _NAMES = (
     "partition", "account", "qos", "constraint", "exclude", "host", "coordinator_partition", "coordinator_qos",
 )  # fmt: skip
@@ -106,12 +107,16 @@ class _Batch:
     name: str
     submitted_at: float
     job: str | None = None
-    unseen: int = 0
+    unseen: dict[int, int] = field(default_factory=dict)
     earlier: bool = False
     statuses: dict[int, WorkerStatus] = field(default_factory=dict)
 
     def worker(self, index: int) -> str:
         return f"slurm-{self.ident}-{index}"
+
+    def id_of(self, index: int) -> str:
+        """What SLURM calls one of them, once ``job`` is known."""
+        return f"{self.job}_{index}" if self.count > 1 else str(self.job)
 
     def record(self) -> str:
         """What a later coordinator needs to find these jobs again."""
@@ -137,7 +142,8 @@ class SlurmExecutor(Executor):
         self._orders: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._held: list[_Batch] = []
         self._why_held = ""
-        self._cancelled: set[str] = set()
+        self._accepted = False
+        self._cancelled: dict[str, float] = {}
         self._failed: SweepError | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -208,6 +214,9 @@ class SlurmExecutor(Executor):
         """What SLURM has said last; jobs that it has not been asked about are alive."""
         if self._failed is not None:
             raise self._failed
+        return self._snapshot()
+
+    def _snapshot(self) -> dict[str, WorkerStatus]:
         with self._lock:
             return {
                 batch.worker(index): batch.statuses.get(index, _ALIVE)
@@ -217,10 +226,10 @@ class SlurmExecutor(Executor):
 
     def stop(self, workers: Iterable[str]) -> None:
         """Cancel jobs: those that run get SIGTERM, and have SLURM's KillWait to leave."""
-        alive = self.poll()
+        alive = self._snapshot()
         chosen = [worker for worker in workers if worker in alive and alive[worker].state not in _GONE]
         if chosen:
-            self._cancelled.update(chosen)
+            self._cancelled.update(dict.fromkeys(chosen, time.monotonic()))
             self._orders.put(("cancel", chosen))
             self._serve()
 
@@ -231,19 +240,22 @@ class SlurmExecutor(Executor):
         """
         self._closing = True
         deadline = time.monotonic() + timeout_s
-        if self._batches and self._failed is None:
+        if self._batches:
             self._orders.put(("look", None))
             self._serve()
             if not self._ended_before(time.monotonic() + min(_LEAVE_S, timeout_s / 3)):
-                with contextlib.suppress(SweepError):
-                    self.stop(self.poll())
-                self._ended_before(deadline)
+                self.stop(self._snapshot())
+                if not self._ended_before(deadline):
+                    names = ", ".join(
+                        sorted({b.job or b.name for b in self._batches.values() if self._left(b)})
+                    )
+                    log.warning("SLURM has not said that all jobs have ended; see to them: %s", names)
         self._orders.put(("end", None))
         if self._thread is not None:
             self._thread.join(timeout=max(_LEAVE_S, deadline - time.monotonic()))
 
     def _ended_before(self, deadline: float) -> bool:
-        while self._failed is None and any(status.state not in _GONE for status in self.poll().values()):
+        while any(status.state not in _GONE for status in self._snapshot().values()):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
@@ -283,7 +295,7 @@ class SlurmExecutor(Executor):
         """Submit a batch. Where it is not known whether that has worked, its name will tell.
 
         Raises:
-            SweepError: SLURM refuses it.
+            SweepError: SLURM refuses it, and has taken none before.
         """
         try:
             batch.job = submission(self._options, self._context, batch.name).submit(
@@ -295,9 +307,16 @@ class SlurmExecutor(Executor):
         except TooManyJobsError as error:
             self._hold(batch, error)
             return
+        except SweepError as error:
+            if not self._accepted:
+                self._drop(batch)
+                raise
+            self._hold(batch, error)  # it has taken such jobs before: the ones that run go on
+            return
+        self._accepted = True
         write_file(self._folder / f"{batch.ident}.json", batch.record())
 
-    def _hold(self, batch: _Batch, why: TooManyJobsError) -> None:
+    def _hold(self, batch: _Batch, why: Exception) -> None:
         """SLURM has no room for so many jobs: try half of them, and the others at later looks."""
         if batch.count == 1:
             if str(why) != self._why_held:
@@ -305,9 +324,10 @@ class SlurmExecutor(Executor):
                 self._why_held = str(why)
             self._held.append(batch)
             return
+        # both before the whole one goes: at no instant there may seem to be too few workers
+        halves = [self._new_batch(size) for size in (batch.count - batch.count // 2, batch.count // 2)]
         self._drop(batch)
-        for size in (batch.count - batch.count // 2, batch.count // 2):
-            half = self._new_batch(size)
+        for half in halves:
             if self._held:
                 self._held.append(half)
             else:
@@ -331,9 +351,7 @@ class SlurmExecutor(Executor):
         (self._folder / f"{batch.ident}.json").unlink(missing_ok=True)
 
     def _cancel(self, workers: Sequence[str]) -> None:
-        for batch in [
-            each for each in self._held if each.worker(0) in workers
-        ]:  # all of it: nobody knows it yet
+        for batch in [each for each in self._held if each.worker(0) in workers]:  # all of it or nothing
             self._held.remove(batch)
             self._drop(batch)
         with self._lock:
@@ -345,16 +363,26 @@ class SlurmExecutor(Executor):
         if any(batch.job is None for batch in affected):
             self._look()
         ids = [
-            batch.job + (f"_{index}" if batch.count > 1 else "")
-            for batch in affected
-            if batch.job is not None
-            for index in chosen[batch.ident]
+            batch.id_of(index) for batch in affected if batch.job is not None for index in chosen[batch.ident]
         ]
         names = [batch.name for batch in affected if batch.job is None]
         if ids:
             jobs.ask("scancel", *ids)
         for name in names:  # submitted perhaps
             jobs.ask("scancel", f"--name={name}")
+
+    def _cancel_again(self, batches: Sequence[_Batch]) -> None:
+        """Those that were cancelled some time ago, and are still there: SLURM may not have heard of it."""
+        since = time.monotonic() - _CANCEL_AGAIN_S
+        late = [
+            (batch, index)
+            for batch in batches
+            for index in self._left(batch)
+            if batch.job is not None and self._cancelled.get(batch.worker(index), math.inf) < since
+        ]
+        if late:
+            self._cancelled |= {batch.worker(index): time.monotonic() for batch, index in late}
+            jobs.ask("scancel", *(batch.id_of(index) for batch, index in late))
 
     def _look(self) -> None:
         """One look at the queue for all jobs, and one at the accounting for those that are not there."""
@@ -363,6 +391,7 @@ class SlurmExecutor(Executor):
             open_ones = [batch for batch in self._batches.values() if self._is_open(batch)]
         if not open_ones:
             return
+        self._cancel_again(open_ones)
         names = ",".join(batch.name for batch in open_ones)
         queued = jobs.ask(
             "squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", f"--name={names}",
@@ -379,7 +408,8 @@ class SlurmExecutor(Executor):
                 "sacct", "--noheader", "--allocations", "--parsable2", f"--name={names}", f"--starttime={since}",
                 jobs.SACCT_FORMAT,
             )  # fmt: skip
-            seen = {(each.name, each.index): each for each in jobs.accounted(ended or "")} | seen
+            accounted = [each for each in jobs.accounted(ended or "") if each.state in jobs.ENDED]
+            seen = {(each.name, each.index): each for each in accounted} | seen
         with self._lock:
             for batch in open_ones:
                 self._note(batch, seen)
@@ -396,19 +426,20 @@ class SlurmExecutor(Executor):
         ]
 
     def _note(self, batch: _Batch, seen: Mapping[tuple[str, int], jobs.Job]) -> None:
-        known = False
+        missing = []
         for index in self._left(batch):
             each = seen.get((batch.name, index))
             if each is None:
+                batch.unseen[index] = batch.unseen.get(index, 0) + 1
+                if batch.unseen[index] >= _SURE_AFTER:
+                    missing.append(index)
                 continue
-            known = True
+            batch.unseen.pop(index, None)
             batch.job = batch.job or each.array
             known_end = batch.earlier or batch.worker(index) in self._cancelled
             batch.statuses[index] = self._status(batch.worker(index), each, cancelled_by_us=known_end)
         batch.earlier = False
-        missing = [index for index in self._left(batch) if (batch.name, index) not in seen]
-        batch.unseen = 0 if known or not missing else batch.unseen + 1
-        if missing and batch.unseen >= _SURE_AFTER and time.time() > batch.submitted_at + _STARTS_WITHIN_S:
+        if missing and time.time() > batch.submitted_at + _STARTS_WITHIN_S:
             gone = WorkerStatus(
                 state=WorkerState.MISSING, detail="is not known to SLURM any more", cause=Cause.LOST
             )
@@ -420,7 +451,7 @@ class SlurmExecutor(Executor):
             return WorkerStatus(
                 state=WorkerState.SUSPENDED, detail=f"is {seen.state} {job}", cause=Cause.EVICTED
             )
-        if seen.state in jobs.ALIVE:
+        if seen.state not in jobs.ENDED:
             return _ALIVE
         cause = Cause.OWN
         if seen.state in jobs.EVICTED:
@@ -561,6 +592,8 @@ def submission(options: Options, context: Context, name: str) -> Submission:
         "time": options.timeout_min,
         "nodes": nodes,
         "use_srun": nodes == 1,
+        # from Slurm 22.05 on, a step does not inherit this from its job
+        "srun_args": [f"--cpus-per-task={cpus_per_job(options, context)}"] if nodes == 1 else None,
         "ntasks_per_node": 1,
         "cpus_per_task": cpus_per_job(options, context),
         "gpus_per_node": (options.gpus_per_node or gpus) if gpus else None,

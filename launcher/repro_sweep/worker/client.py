@@ -20,6 +20,8 @@ RETRY_FOR_S = 10.0
 _DEAD_AFTER_S = 1.0
 _PAUSE_S = 0.2
 _CONNECT_S = 10.0
+_ANOTHER = frozenset({http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN, http.HTTPStatus.NOT_FOUND})
+"""What somebody else answers who has got the address since."""
 _ABSENT = (ConnectionRefusedError, FileNotFoundError)
 
 
@@ -111,6 +113,8 @@ class Client:
                 if status == http.HTTPStatus.GONE:
                     raise CoordinatorLostError(data.decode(errors="replace"))
                 trouble = f"{path}: {status} {data[:500].decode(errors='replace')}"
+                if status in _ANOTHER:
+                    raise CoordinatorLostError(f"{self._target}: {trouble}")
                 if status < http.HTTPStatus.INTERNAL_SERVER_ERROR:
                     raise ProtocolError(trouble)
             if time.monotonic() - began > (_DEAD_AFTER_S if absent else RETRY_FOR_S):

@@ -42,7 +42,9 @@ def inspect(environ: Mapping[str, str] = os.environ) -> Machine:
 
 def seconds_left(environ: Mapping[str, str], minutes: float) -> float:
     """How long this job may still run: what squeue says, else its time limit from now on."""
-    command = ["squeue", "--noheader", f"--jobs={environ.get('SLURM_JOB_ID', '')}", "--format=%L"]
+    array, index = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{index}" if array else environ.get("SLURM_JOB_ID", "")
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%L"]
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S, check=True).stdout
         return duration_s(text.strip())
