@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import MakeProject, Project, eventually
+from helpers import MARK, MakeProject, Project, eventually, run
 
 from repro_sweep import jobs
 from repro_sweep.executors import slurm as slurm_executor
@@ -492,7 +492,8 @@ def test_the_reference_sweeps_run_on_the_cluster(
         "sweep/executor=slurm", "sweep.executor.workers=2", "sweep.executor.gpus_per_node=2",
         "sweep.resources.gpus_per_trial=1", "sweep.executor.host=127.0.0.1", "sweep.executor.poll_s=1",
     )  # fmt: skip
-    done = place.project.run(f"+sweep={study}", *executor, *overrides, env=place.env)
+    env = {MARK: place.project.mark, **place.env}
+    done = run(f"+sweep={study}", *executor, *overrides, cwd=place.project.root, env=env, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.lstrip().startswith("by val_accuracy, maximize:")
     sweep = place.project.sweep(study)

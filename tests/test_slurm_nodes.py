@@ -13,7 +13,7 @@ from slurm.testbed import Cluster
 pytest_plugins = ["slurm_cluster"]
 
 FILES = {
-    "conf/config.yaml": "x: 0\nmode: whole\nrank: 1\n",
+    "conf/config.yaml": "x: 0\nmode: whole\nrank: 1\nsteps: 600\n",
     "tasks.py": """
         import os
         import signal

@@ -304,10 +304,12 @@ def test_wishes_are_compared_with_all_kinds_of_nodes(wish: dict[str, object], pr
     assert list(found.problems) == problems
 
 
-def test_nodes_that_are_all_away_are_noted() -> None:
-    facts = checks.Facts(nodes=checks.nodes_of(SINFO))
+@pytest.mark.parametrize("state", ["drained", "down*", "idle*"])
+def test_nodes_that_are_all_away_are_noted(state: str) -> None:
+    facts = checks.Facts(nodes=checks.nodes_of(SINFO.replace("drained", state)))
     found = checks.compare(checks.Wish(partition="old"), facts)
-    assert found.notes == ("all nodes that have what a job needs are drained: jobs would wait",)
+    assert found.notes == (f"all nodes that have what a job needs are {state}: jobs would wait",)
+    assert found.away
 
 
 def test_a_cluster_without_a_default_partition_wants_one_named() -> None:

@@ -393,10 +393,15 @@ def _fits(wish: Wish, nodes: Nodes) -> bool:
 def _unfit(wish: Wish, partitions: Sequence[str], facts: Facts) -> Iterable[str]:
     """Nodes that would do, and are all away for now."""
     fitting = [each for each in facts.nodes or () if each.partition in partitions and _fits(wish, each)]
-    away = [each for each in fitting if each.state.rstrip("*~#!%$@^-").lower() in _AWAY_STATES]
+    away = [each for each in fitting if _is_away(each.state)]
     if fitting and len(away) == len(fitting):
         states = ", ".join(sorted({each.state for each in away}))
         yield f"all nodes that have what a job needs are {states}: jobs would wait"
+
+
+def _is_away(state: str) -> bool:
+    """Whether a node in a state, as sinfo writes it, takes no jobs now; a ``*`` says that it does not answer."""
+    return "*" in state or state.rstrip("~#!%$@^-").lower() in _AWAY_STATES
 
 
 _AWAY_STATES = frozenset({"down", "drained", "draining", "drain", "fail", "failing", "maint", "unknown"})
