@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SLURM_TESTS := $(wildcard tests/test_slurm*.py) tests/test_testbed.py tests/faults/test_slurm_coordinators.py
+SLURM_TESTS := $(wildcard tests/test_slurm*.py) tests/faults/test_slurm_coordinators.py
 
 .PHONY: sweep test slurm lint format bench faults clean
 
@@ -11,7 +11,6 @@ sweep: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(SLURM_TESTS:%=--ignore=%)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(SLURM_TESTS)
 
 # sweeps on a real SLURM cluster, which is started for them; they wait for it most of the time
 slurm: $(VENV)/.ready
