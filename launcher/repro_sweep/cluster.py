@@ -139,11 +139,11 @@ def compare(wish: Wish, facts: Facts) -> Findings:
         problems += _too_long(wish, partitions, facts)
         problems += _not_admitted(wish, partitions, facts)
         problems += _too_large(wish, partitions, facts)
-        notes += _unfit(wish, partitions, facts)
-    away = bool(notes)
+    waits = tuple(_unfit(wish, partitions, facts))
+    notes += waits
     _look_at_accounting(wish, facts, problems, notes)
     _look_at_numbers(wish, facts, problems, notes)
-    return Findings(problems=tuple(problems), notes=tuple(notes), away=away)
+    return Findings(problems=tuple(problems), notes=tuple(notes), away=bool(waits))
 
 
 # --- what SLURM says -------------------------------------------------------------------------------------------

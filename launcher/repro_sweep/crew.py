@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 from repro_sweep.errors import SweepError
-from repro_sweep.executors.base import Cause, Executor, WorkerState, WorkerStatus
+from repro_sweep.executors.base import GONE, Cause, Executor, WorkerState, WorkerStatus
 from repro_sweep.failpoints import failpoint
 from repro_sweep.sweep import SweepSpec
 
 _FRUITLESS_WORKERS = 3
 _KILLED_WORKERS = 20
 _MANY = 1_000_000
-_GONE = frozenset({WorkerState.ENDED, WorkerState.MISSING})
 _NO_FAULT = frozenset({Cause.EVICTED, Cause.LOST})
 
 
@@ -46,7 +45,7 @@ class Crew:
             WorkersCancelledError: the user has cancelled all of them.
         """
         statuses = self._executor.poll()
-        ended = [status for status in statuses.values() if status.state in _GONE]
+        ended = [status for status in statuses.values() if status.state in GONE]
         alive = len(statuses) - len(ended)
         cancelled = sum(status.cause is Cause.CANCELLED for status in ended)
         wanted = self._executor.wanted(trials)

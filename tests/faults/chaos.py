@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import time
@@ -340,6 +341,22 @@ def end_leftovers(swarm: Swarm, module: str) -> None:
     for pid in pids:
         kill(pid)
     eventually(lambda: not set(pids) & set(swarm.project.processes()), f"{module} is gone")
+
+
+def kill_coordinators(
+    swarm: Swarm, kills: int, rng: random.Random, *, pause_s: float, start_s: float, **env: str
+) -> None:
+    """Start the sweep so many times, each time kill its command at a random instant before all trials have ended.
+
+    ``pause_s`` is between the steps of a trial; a command needs about ``start_s`` before its trials start.
+    """
+    for left in range(kills, 0, -1):
+        left_s = (swarm.trials - swarm.count("end")) * (STEPS * pause_s + 0.02) / SLOTS
+        at_s = rng.random() * (start_s + 2 * left_s / left)
+        with swarm.start(resume=rng.random() < 0.5, **env) as command:
+            assert not wait_at_most(at_s, lambda: command.process.poll() is not None), command.stderr
+            command.process.kill()
+            assert command.wait() == -signal.SIGKILL
 
 
 def wait_at_most(seconds: float, over: Callable[[], object]) -> bool:

@@ -6,7 +6,7 @@ import random
 import signal
 from collections.abc import Callable
 
-from chaos import AGENT, SLOTS, STEPS, TRACKER, Finished, Swarm, end_leftovers, kill, wait_at_most
+from chaos import AGENT, SLOTS, TRACKER, Finished, Swarm, end_leftovers, kill, kill_coordinators, wait_at_most
 from helpers import Running, eventually
 
 from repro_sweep.failpoints import COORDINATOR, ENVIRONMENT
@@ -27,20 +27,12 @@ def test_a_coordinator_killed_at_random_instants(
     expected = undisturbed(trials)
     swarm = make_swarm(trials, pause_s=pause_s)
     swarm.hold(str(trials - 1))
-    done, start_s = 0, 1.5
-    while done < kills:
-        left_s = (trials - swarm.count("end")) * (STEPS * pause_s + 0.02) / SLOTS
-        at_s = rng.random() * (start_s + 2 * left_s / (kills - done))
-        with swarm.start(resume=rng.random() < 0.5) as command:
-            assert not wait_at_most(at_s, lambda: command.process.poll() is not None), command.stderr
-            command.process.kill()
-            assert command.wait() == -signal.SIGKILL
-        done += 1
+    kill_coordinators(swarm, kills, rng, pause_s=pause_s, start_s=1.5)
     swarm.release()
     with swarm.start() as command:
         assert command.wait(600) == 0, command.stderr
     verdict = swarm.verdict(expected)
-    figures(kills=done, **verdict.counted)
+    figures(kills=kills, **verdict.counted)
     assert verdict.wrong == {}, verdict.remarks
     assert verdict.executions == trials, "a trial was executed again though its worker was alive"
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from collections.abc import Callable
 
-from chaos import SLOTS, STEPS, Finished, Swarm, kill, wait_at_most
+from chaos import Finished, Swarm, kill, kill_coordinators, wait_at_most
 from helpers import eventually
 
 from repro_sweep.failpoints import ENVIRONMENT
@@ -17,7 +16,6 @@ pytest_plugins = ["slurm_cluster"]
 
 Size = Callable[[int, int], int]
 
-WORKER = "repro_sweep.worker.slurm"
 COORDINATOR = "repro_sweep.cli.coordinate"
 OPTIONS = (
     "sweep/executor=slurm", "sweep.executor.gpus_per_node=0", "sweep.executor.host=127.0.0.1",
@@ -44,20 +42,12 @@ def test_a_coordinator_killed_at_random_instants_leaves_its_slurm_jobs_at_work(
     expected = undisturbed(trials)
     swarm, env = make_swarm(trials, *OPTIONS, pause_s=pause_s, sweep="random"), _environment(cluster)
     swarm.hold(str(trials - 1))
-    done, start_s = 0, 3.0
-    while done < kills:
-        left_s = (trials - swarm.count("end")) * (STEPS * pause_s + 0.02) / SLOTS
-        at_s = rng.random() * (start_s + 2 * left_s / (kills - done))
-        with swarm.start(resume=rng.random() < 0.5, **env) as command:
-            assert not wait_at_most(at_s, lambda: command.process.poll() is not None), command.stderr
-            command.process.kill()
-            assert command.wait() == -signal.SIGKILL
-        done += 1
+    kill_coordinators(swarm, kills, rng, pause_s=pause_s, start_s=3.0, **env)
     swarm.release()
     with swarm.start(**env) as command:
         assert command.wait(300) == 0, command.stderr
     verdict = swarm.verdict(expected)
-    figures(kills=done, jobs=_jobs(swarm, cluster), **verdict.counted)
+    figures(kills=kills, jobs=_jobs(swarm, cluster), **verdict.counted)
     assert verdict.wrong == {}, verdict.remarks
     assert verdict.executions == trials, "a trial was executed again though its worker was alive"
 
@@ -117,7 +107,7 @@ def test_a_detached_coordinator_killed_at_random_instants_starts_again_in_its_jo
 
 
 def _environment(cluster: Cluster) -> dict[str, str]:
-    return {**cluster.exports(), "PATH": cluster.environment().get("PATH", os.environ["PATH"])}
+    return {**cluster.exports(), "PATH": cluster.environment()["PATH"]}
 
 
 def _jobs(swarm: Swarm, cluster: Cluster) -> int:

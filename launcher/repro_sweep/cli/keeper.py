@@ -53,9 +53,8 @@ class Keeper:
             if self._handing_over and code in (_HANDED_OVER, _INTERRUPTED):
                 return self._requeue()
             if self._ending or code >= 0:
-                return (
-                    0 if code < 0 or code == _HANDED_OVER or (self._ending and code == _INTERRUPTED) else code
-                )
+                asked_to_go = code == _HANDED_OVER or (self._ending and code == _INTERRUPTED)
+                return 0 if asked_to_go or code < 0 else code
             now = time.monotonic()
             if len(kills) == _MOST_KILLS and now - kills[0] < _WITHIN_S:
                 _say(

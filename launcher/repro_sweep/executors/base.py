@@ -37,6 +37,10 @@ class WorkerState(StrEnum):
     ENDED = "ENDED"
 
 
+GONE = frozenset({WorkerState.ENDED, WorkerState.MISSING})
+"""The states of workers that are not counted on any more."""
+
+
 class Cause(StrEnum):
     """Why a worker ended.
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from repro_sweep import cluster, jobs
 from repro_sweep.errors import SweepError
-from repro_sweep.executors.base import Cause, Context, Executor, Outlook, WorkerState, WorkerStatus
+from repro_sweep.executors.base import GONE, Cause, Context, Executor, Outlook, WorkerState, WorkerStatus
 from repro_sweep.spool import write_file
 from repro_sweep.submitting import Submission, TooManyJobsError, UnansweredError
 
@@ -48,7 +48,6 @@ _NAMES = (
 )  # fmt: skip
 _HAND_OVER_S = 120
 _CLOSING_POLL_S = 0.5
-_GONE = frozenset({WorkerState.ENDED, WorkerState.MISSING})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _GPUS = re.compile(r"(?:[\w.-]+:)?[0-9]+")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
@@ -227,7 +226,7 @@ class SlurmExecutor(Executor):
     def stop(self, workers: Iterable[str]) -> None:
         """Cancel jobs: those that run get SIGTERM, and have SLURM's KillWait to leave."""
         alive = self._snapshot()
-        chosen = [worker for worker in workers if worker in alive and alive[worker].state not in _GONE]
+        chosen = [worker for worker in workers if worker in alive and alive[worker].state not in GONE]
         if chosen:
             self._cancelled.update(dict.fromkeys(chosen, time.monotonic()))
             self._orders.put(("cancel", chosen))
@@ -255,7 +254,7 @@ class SlurmExecutor(Executor):
             self._thread.join(timeout=max(_LEAVE_S, deadline - time.monotonic()))
 
     def _ended_before(self, deadline: float) -> bool:
-        while any(status.state not in _GONE for status in self._snapshot().values()):
+        while any(status.state not in GONE for status in self._snapshot().values()):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)

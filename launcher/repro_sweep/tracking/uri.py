@@ -120,9 +120,7 @@ def _checked_sqlite(uri: str, *, where: str, cwd: Path) -> str:
         )
     absolute = len(match["slashes"]) > 3  # sqlite:/// and an absolute path
     path = Path("/" + match["path"]) if absolute else Path(os.path.normpath(cwd.absolute() / match["path"]))
-    if {"'", '"'} <= set(
-        str(path)
-    ):  # it writes the default experiment's folder into its SQL as Python shows it
+    if {"'", '"'} <= set(str(path)):  # it writes the path into its SQL as Python shows it
         raise TrackingError(
             f"{where}: {uri!r}: MLflow cannot make a SQLite store whose path contains both kinds of quotes"
         )
