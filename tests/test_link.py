@@ -20,8 +20,8 @@ from repro_sweep.lease import ADDRESS_NAME
 from repro_sweep.records import NewReport
 from repro_sweep.spool import ReportLog
 from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.worker import agent, oom
 from repro_sweep.worker import client as client_module
-from repro_sweep.worker import oom
 from repro_sweep.worker.client import Client, CoordinatorLostError
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.output import CappedLog
@@ -239,6 +239,23 @@ def test_a_worker_that_cannot_connect_says_where_it_has_tried_and_what_helps(tmp
         assert f"{target}: [Errno 111] Connection refused" in link.trouble
     assert "sweep.executor.host" in link.trouble
     assert "sweep.detach=true" in link.trouble
+
+
+def test_a_worker_waits_longer_for_a_coordinator_between_two_than_for_one_it_cannot_reach(
+    tmp_path: Path, coordinators: Callable[..., Coordinator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has left to go on in another job takes its announcement with it."""
+    monkeypatch.setattr(agent, "_FIRST_JOIN_S", 0.5)
+    new = coordinators("new")
+    announced = {"epoch": 1, "socket": "", "tcp": [f"{tmp_path}/nobody"], "token": "t"}
+    (tmp_path / ADDRESS_NAME).write_text(json.dumps(announced))
+    assert agent.Agent("w", tmp_path, None, [()])._join() is None
+    (tmp_path / ADDRESS_NAME).unlink()
+    announced |= {"epoch": 2, "tcp": [new.path]}
+    late = threading.Timer(1.5, (tmp_path / ADDRESS_NAME).write_text, (json.dumps(announced),))
+    late.start()
+    assert agent.Agent("w", tmp_path, None, [()])._join() is not None
+    assert "/register" in new.heard
 
 
 def kept(folder: Path) -> list[protocol.Finish]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from helpers import MARK, MakeProject, Project, eventually, run
+from slurm_fakes import NO_ANSWER, calls, with_fake
 
 from repro_sweep import jobs
 from repro_sweep.executors import slurm as slurm_executor
@@ -367,10 +368,6 @@ def test_without_accounting_and_with_small_arrays_it_runs_as_well(
         assert place.queue() == []
 
 
-NO_ANSWER = """
-echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2
-exit 1
-"""
 REFUSES_ALL_BUT_ONE = """
 case "$(cat "$1")" in *--array=*) many=1;; esac
 if [ -z "$many" ] && [ "$(wc -l <"$CALLS")" -lt 4 ]; then exec "$REAL" "$@"; fi
@@ -380,44 +377,24 @@ exit 1
 """
 
 
-def _with_fake(command: str, place: Place, folder: Path, script: str) -> dict[str, str]:
-    """An environment in which one of SLURM's commands is a shell script that notes its calls.
-
-    ``sbatch --test-only`` is still the real one's.
-    """
-    real = shutil.which(command, path=place.env["PATH"])
-    assert real is not None
-    fake = folder / "bin" / command
-    fake.parent.mkdir()
-    judge = 'case "$*" in *--test-only*) exec "$REAL" "$@";; esac'
-    fake.write_text(f'#!/bin/sh\n{judge}\necho "$(date +%s.%N) $*" >>"$CALLS"\n{script}')
-    fake.chmod(0o755)
-    return {"PATH": f"{fake.parent}:{place.env['PATH']}", "REAL": real, "CALLS": str(folder / "calls")}
-
-
-def _calls(folder: Path) -> list[str]:
-    return (folder / "calls").read_text().splitlines()
-
-
 def test_a_submission_whose_reply_is_lost_is_found_by_its_name_and_not_repeated(
     place: Place, tmp_path: Path
 ) -> None:
-    env = _with_fake("sbatch", place, tmp_path, '"$REAL" "$@"' + NO_ANSWER)
+    env = with_fake("sbatch", place.env["PATH"], tmp_path, '"$REAL" "$@"' + NO_ANSWER)
     place.run("+sweep=grid", "x=range(8)", "wait_s=0.2", env=env)
     assert place.states() == {COMPLETE: 8}
-    assert len(_calls(tmp_path)) == 1
+    assert len(calls(tmp_path)) == 1
     assert len(place.jobs()) == 2
 
 
 def test_a_submission_that_slurm_has_never_got_is_repeated_once_that_is_sure(
     place: Place, tmp_path: Path
 ) -> None:
-    env = _with_fake(
-        "sbatch", place, tmp_path, '[ "$(wc -l <"$CALLS")" = 1 ] || exec "$REAL" "$@"' + NO_ANSWER
+    env = with_fake("sbatch", place.env["PATH"], tmp_path, '[ "$(wc -l <"$CALLS")" = 1 ] || exec "$REAL" "$@"' + NO_ANSWER
     )
     place.run("+sweep=grid", "x=range(4)", env=env)
     assert place.states() == {COMPLETE: 4}
-    lost, sent = (float(line.split()[0]) for line in _calls(tmp_path))
+    lost, sent = (float(line.split()[0]) for line in calls(tmp_path))
     assert sent - lost > 30
 
 
@@ -425,7 +402,7 @@ def test_as_many_workers_run_as_slurm_takes_and_the_others_are_submitted_when_it
     place: Place, tmp_path: Path
 ) -> None:
     """Here: one job at a time, and no array; the fourth call is the next look's."""
-    env = _with_fake("sbatch", place, tmp_path, REFUSES_ALL_BUT_ONE)
+    env = with_fake("sbatch", place.env["PATH"], tmp_path, REFUSES_ALL_BUT_ONE)
     said = place.run("+sweep=grid", "x=range(16)", "wait_s=0.5", "sweep.executor.workers=4", env=env)
     assert place.states() == {COMPLETE: 16}
     assert said.count("AssocMaxSubmitJobLimit") == 1, said
@@ -464,15 +441,15 @@ def test_while_slurm_refuses_many_jobs_there_never_seem_to_be_too_few(tmp_path: 
 
 
 def test_the_queue_is_looked_at_no_more_often_than_the_user_wants(place: Place, tmp_path: Path) -> None:
-    env = _with_fake("squeue", place, tmp_path, 'exec "$REAL" "$@"')
+    env = with_fake("squeue", place.env["PATH"], tmp_path, 'exec "$REAL" "$@"')
     options = ("wait_s=0.2", "steps=60", "sweep.executor.poll_s=4")
     place.run("+sweep=grid", "x=range(8)", *options, env=env)
     assert place.states() == {COMPLETE: 8}
-    looks = [float(line.split()[0]) for line in _calls(tmp_path) if "--name=" in line]
+    looks = [float(line.split()[0]) for line in calls(tmp_path) if "--name=" in line]
     gaps = [later - earlier for earlier, later in itertools.pairwise(looks)]
     assert len(looks) >= 5
     assert min(gaps[:4]) > 3.9  # later ones may be of the end, when the jobs leave
-    assert all("--name=grid." in line for line in _calls(tmp_path) if "--name=" in line)  # one for all jobs
+    assert all("--name=grid." in line for line in calls(tmp_path) if "--name=" in line)  # one for all jobs
 
 
 @pytest.mark.parametrize(

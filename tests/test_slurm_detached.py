@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 from helpers import CONSOLE_SCRIPT, MARK, Project, environment, eventually
+from slurm_fakes import NO_ANSWER, calls, with_fake
 
 from repro_sweep.states import FailureKind, TrialState
-from slurm.testbed import Cluster
+from slurm.testbed import Cluster, Options
 
 pytest_plugins = ["slurm_cluster"]
 
@@ -166,6 +167,21 @@ def test_a_detached_sweep_completes_after_its_command_has_ended_and_is_looked_af
     assert "is finished; nothing to run (1 cancelled" in site.command("resume", "default").stderr
 
 
+def test_a_coordinators_job_whose_submission_is_not_answered_is_found_by_its_name(
+    site: Site, tmp_path: Path
+) -> None:
+    """SLURM has it: a second one would be refused by the lease, and wait in vain."""
+    env = with_fake("sbatch", site.env["PATH"], tmp_path, '"$REAL" "$@"' + NO_ANSWER)
+    site.open()
+    before = dict(site.env)
+    site.env |= env
+    job = site.detach(*DETACHED)
+    site.env = before
+    assert len(calls(tmp_path)) == 1
+    site.until_complete()
+    site.until_state(job, "COMPLETED")
+
+
 def test_a_coordinator_that_waits_in_the_queue_is_shown_and_cancelled_and_nobody_else_may_start(
     site: Site,
 ) -> None:
@@ -235,6 +251,28 @@ def test_a_coordinator_whose_time_is_nearly_over_hands_over_and_its_job_goes_on_
     assert site.cluster.job_state(job) == "RUNNING"
     site.open()
     site.until_complete()
+
+
+def test_a_coordinator_and_workers_that_are_preempted_with_a_grace_time_go_on_later(
+    make_project: MakeProject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """SLURM asks job steps to end at once, which the workers are; the coordinator is none, and is ended later."""
+    folder = tmp_path_factory.mktemp("grace") / "cluster"
+    with Cluster(folder, Options(nodes=1, gpus=2, cpus=8, grace_s=5, kill_wait_s=2)) as cluster:
+        site = Site(make_project(FILES), cluster)
+        job = site.detach(*DETACHED, "sweep.executor.partition=requeued")
+        site.until_started(2)
+        epoch = int(str(site.coordinator()["epoch"]))
+        high = cluster.submit("--partition=high", "--cpus-per-task=8", script="sleep 2")
+        site.until_state(high, "COMPLETED")
+        site.open()
+        site.until_epoch(epoch + 1)
+        eventually(
+            lambda: site.sweep("default").states() == {TrialState.COMPLETE: 6}, "all are complete", 2 * BOUND_S
+        )
+        lost = Counter(each.kind for each in site.sweep("default").attempts if each.kind is not None)
+        assert lost == {FailureKind.PREEMPTED: 2}
+        site.until_state(job, "COMPLETED")
 
 
 def test_when_the_coordinators_job_is_cancelled_its_workers_finish_what_they_run_and_resume_goes_on(

@@ -224,6 +224,10 @@ def log_of(project: Project) -> str:
             ("sweep.resources.nodes_per_trial=3",),
             "sweep.executor: 3 nodes with 1 GPUs, 1 CPUs are more than partition 'debug' has (2)",
         ),
+        (
+            ("x=1,2", "sweep.executor.nodes=3"),
+            "sweep.executor.nodes: a job has the nodes of one trial, sweep.resources.nodes_per_trial, which is 2; got 3",
+        ),
     ],
 )
 def test_nodes_that_cannot_be_had_are_refused_in_one_line(

@@ -13,12 +13,14 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo")
 _PATIENCE_S = 15.0
+_AGAIN_S = 3.0
 _SHOWN = 12
 _MB = 1024
 _NOTHING = {"", "(null)", "N/A", "n/a", "NONE", "none"}
@@ -112,21 +114,31 @@ def inspect(wish: Wish, script: str) -> Findings:
         wish: what the jobs ask for.
         script: what sbatch would get; SLURM validates it without taking it (``--test-only``).
     """
+    found, said = _inspect(wish, script)
+    if said is not None and _NO_NODES in said:
+        time.sleep(_AGAIN_S)  # a controller that has just started does not know its nodes at once
+        found, said = _inspect(wish, script)
+    if said is not None:
+        return Findings(problems=(f"sweep/executor=slurm: sbatch refuses such a job: {said}",))
+    return found
+
+
+def _inspect(wish: Wish, script: str) -> tuple[Findings, str | None]:
+    """What is found, and what sbatch says where it refuses what nothing else speaks against."""
     with ThreadPoolExecutor() as pool:
         verdict = pool.submit(_ask, "sbatch", "--test-only", input=script)
         facts = _facts(pool)
         answer = verdict.result()
     found = compare(wish, facts)
     if answer.away and facts.nodes is None and facts.settings is None:
-        return Findings(notes=(f"the cluster does not answer, nothing is checked: {answer.said}",))
+        return Findings(notes=(f"the cluster does not answer, nothing is checked: {answer.said}",)), None
     if found.problems or answer.away:
-        return found
-    may_run_later = any(each in answer.said for each in _FOR_NOW)
-    if not answer.ok and (may_run_later or (found.away and _NO_NODES in answer.said)):
-        return Findings(notes=(*found.notes, f"sbatch says of such a job: {answer.said}"))
-    if not answer.ok:
-        return Findings(problems=(f"sweep/executor=slurm: sbatch refuses such a job: {answer.said}",))
-    return Findings(notes=(*found.notes, *_estimate(answer.said)))
+        return found, None
+    if answer.ok:
+        return Findings(notes=(*found.notes, *_estimate(answer.said))), None
+    if any(each in answer.said for each in _FOR_NOW) or (found.away and _NO_NODES in answer.said):
+        return Findings(notes=(*found.notes, f"sbatch says of such a job: {answer.said}")), None
+    return found, answer.said
 
 
 def compare(wish: Wish, facts: Facts) -> Findings:

@@ -11,6 +11,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from repro_sweep.config import schema
+from repro_sweep.tracking import child
 
 _OPTUNA_SWEEPER = "hydra_optuna_sweeper"
 
@@ -30,6 +31,8 @@ class ReproSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what Hydra hands over."""
         self._context, self._config, self._task = hydra_context, config, task_function
+        if not self._plan:
+            child.start_early()
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the sweep that the config and ``arguments``, the task's overrides, describe."""

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from repro_sweep import task
 from repro_sweep.config.hydra_errors import mapped_errors
 from repro_sweep.errors import SweepError
+from repro_sweep.tracking import child
 
 _VERSION_BASE = "1.3"
 _CONFIG_DIR = "conf"
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str], *, forced: Sequence[str] = ()) -> int:
         raise SweepError(
             "--run: repro-sweep always runs a sweep; run the application itself for a single job"
         )
+    shown = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    if not shown and not forced:
+        child.start_early()
     version.setbase(_VERSION_BASE)
     sys.path.insert(0, str(Path.cwd()))
     search_path = _search_path(args)

@@ -60,7 +60,8 @@ class Options:
     """The names are those of hydra-submitit-launcher and submitit, where these have one.
 
     Each of up to ``workers`` jobs has a node's ``gpus_per_node`` GPUs (``2``, or with a type ``a100:2``),
-    ``cpus_per_task`` CPUs and ``mem_gb`` GiB for ``timeout_min`` minutes. ``slots``: trials at a time in a job; null:
+    ``cpus_per_task`` CPUs and ``mem_gb`` GiB for ``timeout_min`` minutes; its ``nodes`` are those of one trial, which
+    ``sweep.resources.nodes_per_trial`` says. ``slots``: trials at a time in a job; null:
     as many as its GPUs, or else its CPUs, have room for. ``expected_trial_min``: how long a trial takes, before any has
     ended. ``signal_delay_s``: how long before its time limit a worker interrupts its trials. ``poll_s``: how long
     between two looks at the queue. ``host``: the name or address at which the workers reach this machine; null: its
@@ -74,6 +75,7 @@ class Options:
     account: str | None = None
     qos: str | None = None
     timeout_min: int = 60
+    nodes: int | None = None
     gpus_per_node: int | str | None = None
     cpus_per_task: int | None = None
     mem_gb: float | None = None
@@ -543,6 +545,12 @@ def check_options(options: Options, context: Context) -> None:
         raise SweepError(
             f"{_WHERE}.signal_delay_s: must be less than timeout_min, got {options.signal_delay_s} s"
             f" and {options.timeout_min} min"
+        )
+    nodes = context.spec.resources.nodes
+    if options.nodes not in (None, nodes):
+        raise SweepError(
+            f"{_WHERE}.nodes: a job has the nodes of one trial, sweep.resources.nodes_per_trial, which is {nodes};"
+            f" got {options.nodes}"
         )
     if slots_per_job(options, context) < 1:
         raise SweepError(

@@ -11,6 +11,8 @@ MLflow is imported here and nowhere near a trial or the coordinator. The two sid
 Started by hand, ``python -m repro_sweep.tracking.process DIRECTORY [--epoch N]`` brings MLflow up to date until it is
 told to stop, or until the sweep has a coordinator with a larger epoch, whose own tracker goes on. What MLflow and its
 parts write goes to ``tracking.log`` in the sweep's directory.
+
+Without arguments it imports MLflow and reads them then, from a first line that is a JSON list (see :mod:`.child`).
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from repro_sweep.childio import private_stdout
 from repro_sweep.errors import ReproSweepError, TrackingError
 from repro_sweep.records import Reused
 from repro_sweep.tracking.base import Answer, Progress, RunRef, Tracker
+from repro_sweep.tracking.child import Child
 
 LOG_NAME = "tracking.log"
 _IMPLEMENTATION = ("repro_sweep.tracking.mlflow", "MlflowTracker")
@@ -48,7 +51,6 @@ _RESTART_S = 0.5
 _LONGEST_RESTART_S = 30.0
 _KILL_S = 5.0
 _NICE = 10
-_LINE_LIMIT = 1_000_000
 _RESULTS_A_LINE = 50
 
 _logger = logging.getLogger(__name__)
@@ -56,6 +58,11 @@ _logger = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tracker of the sweep in the given directory until it is done or told to stop."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        argv = _prepared()
+        if argv is None:
+            return 0
     parser = argparse.ArgumentParser(prog="repro-sweep-tracker")
     parser.add_argument("directory", type=Path, help="the sweep's")
     parser.add_argument("--epoch", type=int, help="of the coordinator that it works for")
@@ -76,6 +83,19 @@ def main(argv: list[str] | None = None) -> int:
             _logger.exception("a bug")
             return 1
     return 0
+
+
+def _prepared() -> list[str] | None:
+    """Import MLflow, then read the arguments."""
+    with private_stdout(Path(os.devnull)) as out:
+        with contextlib.suppress(Exception):  # said again when there is a log
+            from repro_sweep.tracking.store import import_mlflow
+
+            import_mlflow()
+            importlib.import_module(_IMPLEMENTATION[0])
+        os.dup2(out.fileno(), 1)
+    line = sys.stdin.readline()
+    return cast("list[str]", json.loads(line)) if line else None
 
 
 def _yield_to_trials() -> None:
@@ -213,7 +233,7 @@ class TrackerProcess:
         self._directory = directory
         self._epoch = epoch
         self._yields = yields
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._asked: dict[int, list[asyncio.Future[RunRef]]] = {}
         self._asked_elsewhere: asyncio.Future[dict[str, Reused]] | None = None
@@ -244,7 +264,7 @@ class TrackerProcess:
         self._check_running()
         future: asyncio.Future[RunRef] = asyncio.get_running_loop().create_future()
         self._asked.setdefault(trial, []).append(future)
-        await self._send({"do": "run", "trial": trial})
+        self._send({"do": "run", "trial": trial})
         return await future
 
     async def done_elsewhere(self, timeout_s: float) -> dict[str, Reused]:
@@ -258,7 +278,7 @@ class TrackerProcess:
         self._asked_elsewhere = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._send({"do": "done_elsewhere"})
+                self._send({"do": "done_elsewhere"})
                 return await self._asked_elsewhere
         except TimeoutError:
             raise TrackingError(f"no answer within {timeout_s:g} s") from None
@@ -269,7 +289,7 @@ class TrackerProcess:
         """Let the process upload everything and end; returns how many trials were left when the time was over."""
         self._finishing = True
         self._hurry.set()
-        await self._send({"do": "finish"})
+        self._send({"do": "finish"})
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), timeout_s)
         await self.kill()
@@ -279,54 +299,41 @@ class TrackerProcess:
         """End the process: politely, by closing its input, then by force. What it has not sent is sent another time."""
         self._finishing = self._stopping = True
         self._hurry.set()
-        process = self._process
-        if process is not None and process.returncode is None:
-            if process.stdin is not None:
-                process.stdin.close()
-            try:
-                await asyncio.wait_for(process.wait(), _KILL_S)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-        if self._keeper is not None:
+        if self._child is None or self._keeper is None:
+            return
+        self._child.close()
+        try:
+            await asyncio.wait_for(asyncio.shield(self._keeper), _KILL_S)
+        except TimeoutError:
+            self._child.kill()
             await self._keeper
-            self._keeper = None
 
     async def _spawn(self) -> None:
-        command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, str(self._directory)]
-        command += [] if self._epoch is None else ["--epoch", str(self._epoch)]
-        command += ["--yield"] if self._yields else []
+        arguments = [str(self._directory)]
+        arguments += [] if self._epoch is None else ["--epoch", str(self._epoch)]
+        arguments += ["--yield"] if self._yields else []
         self._spoke = False
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_LINE_LIMIT,
-            start_new_session=True,
-        )
+        self._child = await Child.start(arguments)
 
     def _check_running(self) -> None:
         if self._ended.is_set():
             raise TrackingError("the tracker has stopped")
 
-    async def _send(self, message: dict[str, object]) -> None:
-        process = self._process
-        if process is None or process.stdin is None:
+    def _send(self, message: dict[str, object]) -> None:
+        if self._child is None:
             raise TrackingError("the tracker is not running")
-        with contextlib.suppress(ConnectionError):  # it is being started again, and is then told again
-            process.stdin.write(json.dumps(message).encode() + b"\n")
-            await process.stdin.drain()
+        self._child.send(message)  # if it is being started again, it is then told again
 
     async def _keep(self) -> None:
         """Read what the process says; when it dies before its work is done, start it again and ask it again."""
         pause_s = _RESTART_S
         while True:
-            assert self._process is not None
-            assert self._process.stdout is not None
+            assert self._child is not None
             started = time.monotonic()
-            async for line in self._process.stdout:
+            async for line in self._child.lines:
                 self._heard(json.loads(line))
-            code = await self._process.wait()
+            code = await self._child.wait()
+            self._child.close()
             if code == 0 or self._stopping or (self._finishing and not self._spoke):
                 break
             self._progress = replace(
@@ -352,12 +359,12 @@ class TrackerProcess:
 
     async def _ask_again(self) -> None:
         for trial in list(self._asked):
-            await self._send({"do": "run", "trial": trial})
+            self._send({"do": "run", "trial": trial})
         if self._asked_elsewhere is not None:
             self._elsewhere = {}
-            await self._send({"do": "done_elsewhere"})
+            self._send({"do": "done_elsewhere"})
         if self._finishing:
-            await self._send({"do": "finish"})
+            self._send({"do": "finish"})
 
     def _heard(self, message: dict[str, object]) -> None:
         self._spoke = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import importlib
 import json
 import os
 import re
@@ -82,6 +83,14 @@ def prepare_environment(environ: dict[str, str] | os._Environ[str] = os.environ)
     environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def import_mlflow() -> None:
+    """Import what a store needs before there is one; without a server named in the environment, what a database needs."""
+    prepare_environment()
+    importlib.import_module("mlflow")
+    if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://")):
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
 
 
 class Store:

@@ -37,6 +37,8 @@ _LOOK_S = 0.1
 _IDLE_S = 0.5
 _END_S = 10.0
 _FIRST_JOIN_S = 60.0
+_BETWEEN_S = 600.0
+"""A coordinator's job that was queued again may wait for some minutes before the next one announces itself."""
 _GRACE_S = 60.0
 _LEAST_GRACE_S = 2.0
 
@@ -134,13 +136,14 @@ class Agent:
 
     def _join(self) -> protocol.Registered | None:
         """Register for the first time."""
-        while not self._stopping.is_set() and self._link.lost_for_s < _FIRST_JOIN_S:
+        while not self._stopping.is_set():
             registered = self._link.look()
             if registered is not None:
                 return registered
+            if self._link.lost_for_s > (_FIRST_JOIN_S if self._link.is_announced else _BETWEEN_S):
+                log.error("no coordinator in %.0f s: %s", self._link.lost_for_s, self._link.trouble)
+                break
             self._stopping.wait(_LOOK_S)
-        if not self._stopping.is_set():
-            log.error("no coordinator in %.0f s: %s", _FIRST_JOIN_S, self._link.trouble)
         return None
 
     def _look(self) -> None:

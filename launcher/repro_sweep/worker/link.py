@@ -47,6 +47,8 @@ class Link:
         self._over_tcp = socket is None
         self.trouble = "no coordinator has announced itself"
         """Why there is none."""
+        self.is_announced = socket is not None
+        """Whether there is or was one that has not left of its own accord, as far as this worker knows."""
         self._client: Client | None = None
         self._changed = threading.Condition()
         self._generation = 0
@@ -101,6 +103,7 @@ class Link:
             return None
         self._look_at = now + (_LOOK_S if self._lost_at is None else _LOST_LOOK_S)
         announced = address_of(self._directory)
+        self.is_announced = announced is not None or not self._over_tcp
         newer = announced is not None and announced.epoch > self._address.epoch
         if self._lost_at is None and not newer:
             return None
