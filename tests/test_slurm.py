@@ -390,7 +390,8 @@ def test_a_submission_whose_reply_is_lost_is_found_by_its_name_and_not_repeated(
 def test_a_submission_that_slurm_has_never_got_is_repeated_once_that_is_sure(
     place: Place, tmp_path: Path
 ) -> None:
-    env = with_fake("sbatch", place.env["PATH"], tmp_path, '[ "$(wc -l <"$CALLS")" = 1 ] || exec "$REAL" "$@"' + NO_ANSWER
+    env = with_fake(
+        "sbatch", place.env["PATH"], tmp_path, '[ "$(wc -l <"$CALLS")" = 1 ] || exec "$REAL" "$@"' + NO_ANSWER
     )
     place.run("+sweep=grid", "x=range(4)", env=env)
     assert place.states() == {COMPLETE: 4}

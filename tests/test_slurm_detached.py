@@ -268,7 +268,9 @@ def test_a_coordinator_and_workers_that_are_preempted_with_a_grace_time_go_on_la
         site.open()
         site.until_epoch(epoch + 1)
         eventually(
-            lambda: site.sweep("default").states() == {TrialState.COMPLETE: 6}, "all are complete", 2 * BOUND_S
+            lambda: site.sweep("default").states() == {TrialState.COMPLETE: 6},
+            "all are complete",
+            2 * BOUND_S,
         )
         lost = Counter(each.kind for each in site.sweep("default").attempts if each.kind is not None)
         assert lost == {FailureKind.PREEMPTED: 2}

@@ -226,7 +226,10 @@ def log_of(project: Project) -> str:
         ),
         (
             ("x=1,2", "sweep.executor.nodes=3"),
-            "sweep.executor.nodes: a job has the nodes of one trial, sweep.resources.nodes_per_trial, which is 2; got 3",
+            (
+                "sweep.executor.nodes: a job has the nodes of one trial, sweep.resources.nodes_per_trial,"
+                " which is 2; got 3"
+            ),
         ),
     ],
 )

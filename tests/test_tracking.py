@@ -20,6 +20,7 @@ from typing import cast
 from urllib.parse import unquote
 
 import pytest
+from helpers import eventually
 from omegaconf import OmegaConf
 from tracking_helpers import (
     CONFIG,
@@ -48,7 +49,7 @@ from repro_sweep.records import Attempt, NewReport, Trial
 from repro_sweep.results import find_sweep
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import Budget, Chosen, Constraint, Objective, SearchSpec, SpaceSpec
-from repro_sweep.tracking import encoding
+from repro_sweep.tracking import child, encoding
 from repro_sweep.tracking import mlflow as projection
 from repro_sweep.tracking.base import Progress
 from repro_sweep.tracking.encoding import Curve, Point, params_of, safe_key
@@ -890,8 +891,8 @@ def test_a_tracker_stops_by_itself_when_another_coordinator_has_taken_over(sweep
         new = TrackerProcess(sweep, lease.holder.epoch)
         await new.start()
         await until(lambda: old.progress.done)
-        assert old._process is not None
-        assert old._process.returncode == 0
+        assert old._child is not None
+        assert await old._child.wait() == 0
         with pytest.raises(TrackingError, match="the tracker has stopped"):
             await old.run_ref(1)
         await new.run_ref(1)
@@ -909,6 +910,63 @@ def test_a_tracker_stops_by_itself_when_another_coordinator_has_taken_over(sweep
     lease.drop()
 
 
+def started_early(monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
+    """The process that the next tracker is to be."""
+    monkeypatch.setattr(child, "_early", None)
+    child.start_early()
+    process = child._early
+    assert process is not None
+    child.start_early()
+    assert child._early is process
+    return process
+
+
+def test_a_process_that_was_started_early_becomes_the_tracker(
+    sweep: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = make_ledger(sweep, uri)
+    add_trial(ledger, 0)
+    run_trial(ledger, 0, {"accuracy": 0.5})
+    early = started_early(monkeypatch)
+
+    async def story() -> None:
+        tracker = TrackerProcess(sweep)
+        await tracker.start()
+        assert await tracker.finish(120) == 0
+
+    asyncio.run(asyncio.wait_for(story(), 200))
+    assert early.returncode == 0
+    assert child._early is None
+    assert_equal_to_ledger(ledger, uri)
+
+
+def test_one_that_has_died_early_is_replaced(sweep: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = make_ledger(sweep, uri)
+    early = started_early(monkeypatch)
+    early.kill()
+    early.wait()
+
+    async def story() -> None:
+        tracker = TrackerProcess(sweep)
+        await tracker.start()
+        assert await tracker.finish(120) == 0
+
+    asyncio.run(asyncio.wait_for(story(), 200))
+    assert_equal_to_ledger(ledger, uri)
+
+
+def test_one_that_is_told_nothing_ends_with_whom_it_was_started_by() -> None:
+    """Also when that was killed, and cannot end it."""
+    for last in ("", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"):
+        code = (
+            "from repro_sweep.tracking import child; child.start_early(); print(child._early.pid, flush=True);"
+            + last
+        )
+        made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        eventually(lambda pid=int(made.stdout): not Path(f"/proc/{pid}").exists(), "it has ended", 60)
+        assert made.stderr == ""
+
+
 def test_a_question_outlives_the_tracker_that_it_was_asked_and_so_does_the_end(sweep: Path, uri: str) -> None:
     ledger = make_ledger(sweep, uri)
     for number in range(5):
@@ -920,18 +978,18 @@ def test_a_question_outlives_the_tracker_that_it_was_asked_and_so_does_the_end(s
         await tracker.start()
         asked = asyncio.create_task(tracker.run_ref(0))
         elsewhere = asyncio.create_task(tracker.done_elsewhere(120))
-        first = tracker._process
+        first = tracker._child
         assert first is not None
         first.kill()  # it has not even imported MLflow
         ref = await asked
         assert await elsewhere == {}
-        second = tracker._process
+        second = tracker._child
         assert second is not first
         finished = asyncio.create_task(tracker.finish(120))
         assert second is not None
         second.kill()
         assert await finished == 0
-        assert tracker._process is not second
+        assert tracker._child is not second
         assert ref.run_id == runs_of(uri)[0].info.run_id
         with pytest.raises(TrackingError, match="the tracker has stopped"):
             await tracker.run_ref(0)
@@ -1230,15 +1288,15 @@ def test_a_tracker_that_dies_is_started_again_and_one_that_is_told_to_stop_stops
         tracker = TrackerProcess(sweep)
         await tracker.start()
         ref = await tracker.run_ref(0)
-        first = tracker._process
+        first = tracker._child
         assert first is not None
         first.kill()
         await first.wait()
-        await until(lambda: tracker._process is not first)
+        await until(lambda: tracker._child is not first)
         assert await tracker.run_ref(0) == ref
         await tracker.kill()
-        assert tracker._process is not None
-        assert tracker._process.returncode == 0
+        assert tracker._child is not None
+        assert await tracker._child.wait() == 0
 
     asyncio.run(asyncio.wait_for(story(), 60))
     drain(sweep)

@@ -11,7 +11,6 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from repro_sweep.config import schema
-from repro_sweep.tracking import child
 
 _OPTUNA_SWEEPER = "hydra_optuna_sweeper"
 
@@ -32,6 +31,8 @@ class ReproSweeper(Sweeper):
         """Keep what Hydra hands over."""
         self._context, self._config, self._task = hydra_context, config, task_function
         if not self._plan:
+            from repro_sweep.tracking import child
+
             child.start_early()
 
     def sweep(self, arguments: list[str]) -> None:

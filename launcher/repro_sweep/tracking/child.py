@@ -36,7 +36,10 @@ def _end_early() -> None:
 def _take_early() -> subprocess.Popen[bytes] | None:
     global _early
     taken, _early = _early, None
-    return taken if taken is not None and taken.poll() is None else None
+    if taken is None or taken.poll() is None:
+        return taken
+    with taken:  # closes its pipes
+        return None
 
 
 def _popen(arguments: Sequence[str]) -> subprocess.Popen[bytes]:

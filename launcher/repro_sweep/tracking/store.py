@@ -86,7 +86,7 @@ def prepare_environment(environ: dict[str, str] | os._Environ[str] = os.environ)
 
 
 def import_mlflow() -> None:
-    """Import what a store needs before there is one; without a server named in the environment, what a database needs."""
+    """Import what a store will need: what a database needs, unless the environment names a server."""
     prepare_environment()
     importlib.import_module("mlflow")
     if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://")):
