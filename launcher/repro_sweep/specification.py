@@ -275,8 +275,7 @@ def specify(
     objectives = _objectives(options.metric, options.direction)
     gpus = options.resources.gpus_per_trial
     if gpus is None:
-        elsewhere = "gpus_per_node" in options.executor  # then this machine's own do not count
-        gpus = 1.0 if (options.executor.gpus_per_node if elsewhere else machine.inspect().gpus) else 0.0
+        gpus = 1.0 if _has_gpus(options.executor) else 0.0
     return SweepSpec(
         sweep_id=uuid.uuid4().hex,
         name=name,
@@ -315,6 +314,13 @@ def specify(
         pruner=_pruner(options.pruner, choices.get("sweep/pruner"), "sweep/pruner"),
         search=_search(options, sampler, choices.get("sweep/repeats_pruner"), params, overrides),
     )
+
+
+def _has_gpus(executor: DictConfig) -> bool:
+    """Whether workers have GPUs as far as their options say; else this machine's count, if they run here."""
+    if "gpus_per_node" in executor:
+        return bool(executor.gpus_per_node)
+    return executor.get("address") is None and bool(machine.inspect().gpus)
 
 
 def _executor_name(node: object, choice: str) -> str:

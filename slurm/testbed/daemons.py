@@ -145,7 +145,8 @@ class Node(Daemon):
     def lose(self) -> None:
         """Take the node away as a power cut would: its slurmd and all that its jobs run are killed; nobody is told."""
         self.kill()
-        processes.kill(self.jobs())
+        while found := self.jobs():  # one may just have started another
+            processes.kill(found)
 
 
 def munged(layout: Layout, changed: Callable[[], None]) -> Daemon:

@@ -151,8 +151,10 @@ def create(spec: SweepSpec, socket: str = "") -> Executor:
 
 
 def is_remote(spec: SweepSpec) -> bool:
-    """Whether the workers are on other machines."""
-    return bool(getattr(load(spec.executor_name), "REMOTE", False))
+    """Whether the workers are on other machines: their module's ``REMOTE`` says it, or finds out from its options."""
+    module = load(spec.executor_name)
+    remote = getattr(module, "REMOTE", False)
+    return bool(remote(module.OPTIONS(**spec.executor)) if callable(remote) else remote)
 
 
 def is_spread(spec: SweepSpec) -> bool:

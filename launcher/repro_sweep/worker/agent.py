@@ -83,12 +83,12 @@ class Agent:
         self._failed = False
 
     def work(self) -> bool:
-        """Run trials until none is left, or until SIGTERM; returns whether all went well."""
-        signal.signal(signal.SIGTERM, lambda *_: self._stopping.set())
-        signal.signal(LEAVE_SIGNAL, lambda *_: self._prepare_to_leave())
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # inherited by trials until they are ready for it
+        """Run trials until none is left, or it is stopped; returns whether all went well.
+
+        Its signals, SIGTERM to stop, are those of a process of its own: a thread of another process has none.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self._handle_signals()
         registered = self._join()
         if registered is None:
             return False
@@ -111,6 +111,17 @@ class Agent:
             self._stopping.wait(_LOOK_S)
         self._end()
         return not self._failed
+
+    def stop(self) -> None:
+        """Stop what runs, and leave soon."""
+        self._stopping.set()
+
+    def _handle_signals(self) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: self.stop())
+        signal.signal(LEAVE_SIGNAL, lambda *_: self._prepare_to_leave())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # inherited by trials until they are ready for it
 
     def report(self, report: protocol.Report, answer: Answer | None) -> None:
         """Queue a trial's report for sending; see :class:`repro_sweep.worker.attempt.Desk`."""

@@ -1,0 +1,339 @@
+"""A sweep whose workers are actors of a real Ray cluster: it runs, and survives what happens to actors and nodes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from helpers import MakeProject, Project, eventually
+from ray_cluster import RayCluster
+
+from repro_sweep.errors import SweepError
+from repro_sweep.executors import ray as ray_executor
+from repro_sweep.executors.base import Context, Executor
+from repro_sweep.executors.ray import Options, RayExecutor, fitting
+from repro_sweep.states import FailureKind, TrialState
+from repro_sweep.sweep import Resources, SweepSpec
+from repro_sweep.testing.executors import ExecutorConformance, sweep
+
+COMPLETE = TrialState.COMPLETE
+DRIVER = "repro_sweep.ray_driver"
+ACTOR = "ray::RayWorker"
+FILES = {
+    "conf/config.yaml": "{x: 0, wait_s: 0.0, steps: 1}",
+    "conf/sweep/grid.yaml": """
+        defaults: [base_sweep, sampler: grid, executor: ray, _self_]
+        task: tasks.train
+        metric: score
+        reuse: false
+        executor: {host: 127.0.0.1}
+    """,
+    "tasks.py": """
+        import os
+        import time
+
+        import repro_sweep
+
+        def train(cfg):
+            with open("ran", "a") as ran:
+                print(cfg.x, os.environ.get("NODE"), os.environ.get("CUDA_VISIBLE_DEVICES"), time.time(), file=ran)
+            kept = repro_sweep.checkpoint_dir() / "step"
+            first = int(kept.read_text()) if kept.exists() else 0
+            for step in range(first, cfg.steps):
+                if os.path.exists("enough"):
+                    break
+                time.sleep(cfg.wait_s)
+                new = kept.with_name(f"step-{os.getpid()}")
+                new.write_text(str(step + 1))
+                new.replace(kept)
+                repro_sweep.report(step, score=cfg.x)
+            return {"score": cfg.x, "first": first}
+    """,
+}
+
+
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[RayCluster]:
+    """A head and two nodes with two CPUs each, which the tests of this module share and leave as they are."""
+    cluster = RayCluster()
+    try:
+        cluster.start_head()
+        for name in ("a", "b"):
+            cluster.add_node(name, env={"NODE": name})
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+class Place:
+    """A project whose sweeps run on the cluster."""
+
+    def __init__(self, project: Project, cluster: RayCluster) -> None:
+        self.project, self.cluster, self.env = project, cluster, cluster.env
+
+    def run(self, *arguments: str, env: Mapping[str, str] | None = None, status: int = 0) -> str:
+        """Run the command to its end; returns what it said."""
+        done = self.project.run(*arguments, env={**self.env, **(env or {})})
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    def ran(self) -> list[list[str]]:
+        """Of each execution: the trial's x, the node, what CUDA_VISIBLE_DEVICES was, and when."""
+        path = self.project.root / "ran"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def executed(self) -> Counter[str]:
+        """How often each trial was executed, by its x."""
+        return Counter(line[0] for line in self.ran())
+
+    def nodes(self) -> set[str]:
+        """Where trials were executed."""
+        return {line[1] for line in self.ran()}
+
+    def states(self, name: str = "grid") -> Counter[TrialState]:
+        """How many trials are in each state."""
+        return self.project.sweep(name).states()
+
+    def kinds(self) -> Counter[FailureKind]:
+        """How often attempts have failed as each kind."""
+        return Counter(each.kind for each in self.project.sweep("grid").attempts if each.kind is not None)
+
+    def workers(self) -> list[str]:
+        """All workers that the sweep ever had."""
+        return [path.name for path in (self.project.root / "multirun/grid/workers").glob("ray-*")]
+
+
+@pytest.fixture
+def place(make_project: MakeProject, lasting: RayCluster) -> Place:
+    """A small project and the lasting cluster, on which nothing runs."""
+    return Place(make_project(FILES), lasting)
+
+
+# --- it runs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_runs_on_all_nodes_with_an_actor_for_each_slot(place: Place) -> None:
+    place.run("+sweep=grid", "x=range(12)", "wait_s=0.2", "steps=5")
+    assert place.states() == {COMPLETE: 12}
+    assert set(place.executed().values()) == {1}
+    assert place.nodes() == {"a", "b"}
+    assert len(place.workers()) == 4
+    assert not place.kinds()
+
+
+def test_a_search_runs_with_no_more_actors_than_the_user_wants(place: Place) -> None:
+    place.run(
+        "+sweep=grid", "sweep/sampler=random", "sweep.params={x: 'interval(0, 1)'}", "sweep.budget.trials=6",
+        "sweep.executor.workers=2",
+    )  # fmt: skip
+    assert place.states() == {COMPLETE: 6}
+    assert len(place.workers()) == 2
+
+
+def test_a_custom_resource_and_fewer_trials_than_slots_choose_where_actors_are(place: Place) -> None:
+    place.run("+sweep=grid", "x=1,2,3", "+sweep.executor.resources={b: 0.5}")
+    assert place.nodes() == {"b"}
+    assert len(place.workers()) == 2
+
+
+def test_without_an_address_a_ray_of_this_machines_own_is_started_and_stopped(
+    make_project: MakeProject, lasting: RayCluster
+) -> None:
+    project = make_project(FILES)
+    env = {"RAY_AUTH_TOKEN": lasting.env["RAY_AUTH_TOKEN"], "RAY_TMPDIR": str(lasting.folder)}
+    done = project.run("+sweep=grid", "x=range(4)", "sweep.executor.workers=2", env=env)
+    assert done.returncode == 0, done.stderr
+    assert project.sweep("grid").states() == {COMPLETE: 4}
+    eventually(lambda: not project.processes(), "nothing is left of it", 30)
+
+
+def test_two_sweeps_share_a_cluster(place: Place) -> None:
+    names = ("one", "two")
+    options = ("x=range(6)", "wait_s=0.2", "steps=3")
+    running = [
+        place.project.start("+sweep=grid", f"sweep.name={name}", *options, env=place.env) for name in names
+    ]
+    for command in running:
+        with command:
+            assert command.wait() == 0, command.stderr
+    assert [place.states(name) for name in names] == [{COMPLETE: 6}] * 2
+    assert set(place.executed().values()) == {2}
+
+
+# --- it survives -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["stop_node", "kill_node"])
+def test_actors_come_and_go_with_the_clusters_nodes(place: Place, way: str) -> None:
+    """What ran on a node that is gone runs elsewhere, from its checkpoint; that is no failure of the trial's."""
+    options = ("x=range(8)", "wait_s=0.1", "steps=3000")
+    with place.project.start("+sweep=grid", *options, env=place.env) as running:
+        running.until(lambda: len(place.ran()) >= 4, "all slots have a trial")
+        place.cluster.add_node("c", env={"NODE": "c"})
+        try:
+            running.until(lambda: len(place.ran()) >= 6, "the new node's slots have one, too")
+        finally:
+            getattr(place.cluster, way)("c")
+        running.until(lambda: place.kinds().total() == 2, "they are known to be lost")
+        (place.project.root / "enough").touch()
+        assert running.wait() == 0, running.stderr
+    assert place.states() == {COMPLETE: 8}
+    assert place.nodes() == {"a", "b", "c"}
+    assert set(place.kinds()) <= {FailureKind.PREEMPTED, FailureKind.NODE_LOST}
+    assert place.executed().total() == 10
+
+
+def test_the_trial_of_a_killed_actor_runs_again_in_another(place: Place) -> None:
+    with place.project.start("+sweep=grid", "x=range(6)", "wait_s=0.2", "steps=10", env=place.env) as running:
+        running.until(lambda: len(place.ran()) >= 4, "all slots have a trial")
+        os.kill(place.cluster.pids("a", ACTOR)[0], signal.SIGKILL)
+        assert running.wait() == 0, running.stderr
+    assert place.states() == {COMPLETE: 6}
+    assert place.kinds().total() == 1
+    assert place.executed().total() == 7
+    assert len(place.workers()) == 5
+
+
+def test_a_killed_driver_is_replaced_and_no_trial_notices(place: Place) -> None:
+    with place.project.start("+sweep=grid", "x=range(8)", "wait_s=0.2", "steps=10", env=place.env) as running:
+        running.until(lambda: len(place.ran()) >= 4, "all slots have a trial")
+        (driver,) = place.project.processes_of(DRIVER)
+        os.kill(driver, signal.SIGKILL)
+        assert running.wait() == 0, running.stderr
+    assert place.states() == {COMPLETE: 8}
+    assert set(place.executed().values()) == {1}
+    assert len(place.workers()) == 4
+
+
+def test_actors_outlive_a_killed_coordinator_and_resume_finds_them(place: Place) -> None:
+    with place.project.start("+sweep=grid", "x=range(8)", "wait_s=0.3", "steps=30", env=place.env) as running:
+        running.until(lambda: len(place.ran()) >= 4, "all slots have a trial")
+        os.killpg(running.process.pid, signal.SIGKILL)
+        running.wait()
+    place.run("resume", "grid")
+    assert place.states() == {COMPLETE: 8}
+    assert set(place.executed().values()) == {1}
+    assert len(place.workers()) == 4
+
+
+def test_an_interrupted_sweep_leaves_no_actor(place: Place) -> None:
+    with place.project.start("+sweep=grid", "x=range(8)", "wait_s=5", "steps=10", env=place.env) as running:
+        running.until(lambda: len(place.ran()) >= 4, "all slots have a trial")
+        running.interrupt("interrupted: nothing new starts")
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait() == 130
+    assert set(place.states()) == {TrialState.WAITING}
+    eventually(
+        lambda: not [*place.cluster.pids("a", ACTOR), *place.cluster.pids("b", ACTOR)], "no actor is left", 30
+    )
+
+
+# --- GPUs --------------------------------------------------------------------------------------------------------
+
+
+def test_four_trials_share_one_gpu(place: Place) -> None:
+    """Ray hands out shares of a device; each trial sees that one."""
+    place.cluster.add_node(
+        "g", "--num-cpus=4", "--num-gpus=1", env={"NODE": "g", "CUDA_VISIBLE_DEVICES": "0"}
+    )
+    try:
+        place.run("+sweep=grid", "x=range(8)", "wait_s=0.5", "steps=4", "sweep.resources.gpus_per_trial=0.25")
+    finally:
+        place.cluster.stop_node("g")
+    assert place.nodes() == {"g"}
+    assert {line[2] for line in place.ran()} == {"0"}
+    assert len(place.workers()) == 4
+    starts = sorted(float(line[3]) for line in place.ran())
+    assert (
+        starts[3] - starts[0] < 20
+    )  # four at once, not one after the other: those take 2 s each, in two rounds
+    assert starts[4] > starts[3]
+
+
+# --- what cannot be ----------------------------------------------------------------------------------------------
+
+
+def test_an_address_where_no_ray_is_is_said_in_one_line_within_ten_seconds(place: Place) -> None:
+    began = time.monotonic()
+    said = place.run("+sweep=grid", "x=1,2", "sweep.executor.address=127.0.0.1:1", status=2)
+    assert time.monotonic() - began < 10
+    assert said.splitlines() == [
+        "repro-sweep: sweep/executor=ray: there is no Ray at 127.0.0.1:1: [Errno 111] Connection refused"
+    ]
+    assert not (place.project.root / "multirun").exists()
+
+
+def test_a_wrong_token_is_said_in_one_line(place: Place) -> None:
+    said = place.run("+sweep=grid", "x=1,2", env={"RAY_AUTH_TOKEN": "0" * 32}, status=2)
+    assert len(said.splitlines()) == 1
+    assert f"Ray at {place.cluster.address} cannot be used" in said
+    assert "token" in said.lower()
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        (
+            "sweep.resources.gpus_per_trial=2",
+            (
+                "sweep/executor=ray: no node can hold a trial, which needs 1 CPUs, 2 GPUs (sweep.resources,"
+                " sweep.executor.resources); the most that any of 3 nodes has is 2 CPUs, 0 GPUs"
+            ),
+        ),
+        ("sweep.executor.workers=0", "sweep.executor.workers: must be at least 1, got 0"),
+        ("+sweep.executor.resources.CPU=2", "sweep.executor.resources.CPU: set sweep.resources instead"),
+        (
+            "+sweep.executor.resources.tpu=-1",
+            "sweep.executor.resources.tpu: must be greater than 0, got -1.0",
+        ),
+    ],
+)
+def test_what_can_never_run_is_said_at_the_start(place: Place, option: str, problem: str) -> None:
+    assert place.run("+sweep=grid", "x=1,2", option, status=2).splitlines() == [f"repro-sweep: {problem}"]
+    assert not (place.project.root / "multirun").exists()
+
+
+def test_without_ray_the_command_that_installs_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ray_executor, "find_spec", lambda _name: None)
+    with pytest.raises(SweepError, match=r"Ray is not installed; pip install 'repro-sweep\[ray\]'"):
+        RayExecutor(Context(spec=sweep(tmp_path), socket=""), Options(address=None))
+
+
+@pytest.mark.parametrize(
+    ("node", "wish", "count"),
+    [
+        ({"CPU": 4.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 0.25}, 4),
+        ({"CPU": 16.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 0.25}, 8),
+        ({"CPU": 16.0, "GPU": 3.0}, {"CPU": 1.0, "GPU": 0.4}, 6),
+        ({"CPU": 16.0, "GPU": 3.0}, {"GPU": 2.0}, 1),
+        ({"CPU": 3.0}, {"CPU": 0.1}, 30),
+        ({"CPU": 3.0}, {"CPU": 1.0, "tpu": 1.0}, 0),
+        ({"CPU": 3.0, "memory": 3e9}, {"CPU": 1.0, "memory": 2e9}, 1),
+    ],
+)
+def test_how_many_actors_a_node_can_hold(node: dict[str, float], wish: dict[str, float], count: int) -> None:
+    assert fitting(node, wish) == count
+
+
+class TestRayExecutor(ExecutorConformance):
+    """The suite that every executor must pass."""
+
+    host = "127.0.0.1"
+
+    @pytest.fixture(autouse=True)
+    def _on_the_cluster(self, lasting: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        for key, value in lasting.env.items():
+            monkeypatch.setenv(key, value)
+        self._address = lasting.address
+
+    def create(self, spec: SweepSpec, socket: str) -> Executor:
+        spec = spec.model_copy(update={"resources": Resources(cpus=0.5)})
+        return RayExecutor(Context(spec=spec, socket=socket), Options(address=self._address, workers=2))
