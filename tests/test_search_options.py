@@ -220,7 +220,7 @@ def test_a_choice_with_a_dot_is_refused_with_the_one_that_has_a_slash(
         ("sampler: tpe, executor: local", "pruner: {name: median}", "choose it with sweep/pruner=median,"),
         ("sampler: tpe, executor: local", "sampler: random", "value: random; what a sampler"),
         ("executor: local", "sampler: {n_startup_trials: 3}", "choose it with sweep/sampler=NAME"),
-        ("sampler: tpe", "executor: {slots: 2}", "choose it with sweep/executor=NAME (local, slurm)"),
+        ("sampler: tpe", "executor: {slots: 2}", "choose it with sweep/executor=NAME (local, ray, slurm)"),
         ("executor: local", "", "sweep.sampler: has no value; put 'sampler: …' into the defaults"),
     ],
 )
