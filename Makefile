@@ -4,19 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 SLURM_TESTS := $(wildcard tests/test_slurm*.py) tests/faults/test_slurm_coordinators.py
 
-.PHONY: sweep test slurm lint format bench faults clean
+.PHONY: sweep test slurm ray lint format bench faults clean
 
 sweep: $(VENV)/.ready
 	$(BIN)/repro-sweep +sweep=optimizer_grid
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(SLURM_TESTS:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(SLURM_TESTS:%=--ignore=%) --ignore=tests/test_ray.py
 	$(MAKE) slurm
 
 # Sweeps on a real SLURM cluster, which is started for them. On a busy machine its daemons miss their own deadlines now
 # and then: a test that fails is run once more, and shown as rerun.
 slurm: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 $(SLURM_TESTS)
+
+# the same on a real Ray cluster
+ray: $(VENV)/.ready
+	$(BIN)/python -m pytest --reruns 1 tests/test_ray.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from helpers import environment, eventually
 
-_START_S = 60.0
+_START_S = 120.0
 _RAY = str(Path(sys.executable).with_name("ray"))
 
 
