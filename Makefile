@@ -16,11 +16,11 @@ test: $(VENV)/.ready
 # Sweeps on a real SLURM cluster, which is started for them. On a busy machine its daemons miss their own deadlines now
 # and then: a test that fails is run once more, and shown as rerun.
 slurm: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 $(SLURM_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rfEsR $(SLURM_TESTS)
 
 # the same on a real Ray cluster
 ray: $(VENV)/.ready
-	$(BIN)/python -m pytest --reruns 1 tests/test_ray.py
+	$(BIN)/python -m pytest --reruns 1 -rfEsR tests/test_ray.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -83,13 +83,21 @@ class Place:
         return done.stderr
 
     def jobs(self) -> list[str]:
-        """The jobs that accounting knows of, each with its state."""
-        lines = self.cluster.run(
-            "sacct", "--noheader", "--allocations", "--parsable2", "--format=JobName,JobID,State"
-        )
-        records = (self.project.root / "multirun/grid/slurm").glob("*.json")
+        """The sweep's jobs, each with its state, once accounting has heard of all ends: it lags some seconds behind."""
+        records = list((self.project.root / "multirun/grid/slurm").glob("*.json"))
         mine = {json.loads(path.read_text())["name"] for path in records}
-        return [line for line in lines.splitlines() if line.partition("|")[0] in mine]
+        command = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobName,JobID,State")
+        found: list[str] = []
+
+        def all_have_ended() -> bool:
+            found[:] = [
+                line for line in self.cluster.run(*command).splitlines() if line.partition("|")[0] in mine
+            ]
+            open_ones = [line for line in found if line.endswith(("|RUNNING", "|PENDING"))]
+            return not open_ones and {line.partition("|")[0] for line in found} == mine
+
+        eventually(all_have_ended, "accounting knows how all jobs have ended", 60)
+        return found
 
     def queue(self) -> list[str]:
         """The ids of the workers' jobs that run or wait."""
