@@ -1,11 +1,7 @@
-"""A real Ray cluster on this machine for tests: a head and nodes that come and go, each with an address of its own.
-
-Name this module in ``pytest_plugins`` and ask for ``ray_cluster``.
-"""
+"""A real Ray cluster on this machine for tests: a head and nodes that come and go, each with an address of its own."""
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import signal
@@ -13,12 +9,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from helpers import environment, eventually
+
+from slurm.testbed import processes
+from slurm.testbed.processes import Process
 
 _START_S = 120.0
 _RAY = str(Path(sys.executable).with_name("ray"))
@@ -111,17 +107,6 @@ class RayCluster:
         eventually(started, f"node {name} starts", _START_S)
 
 
-@pytest.fixture
-def ray_cluster() -> Iterator[RayCluster]:
-    """A cluster of a head alone; tests add the nodes they need."""
-    cluster = RayCluster()
-    try:
-        cluster.start_head()
-        yield cluster
-    finally:
-        cluster.stop()
-
-
 def _free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -146,18 +131,4 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _kill(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    deadline = time.monotonic() + 10
-    while any(_lives(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    processes.kill(found for pid in pids if (found := Process.find(pid)) is not None)

@@ -910,6 +910,17 @@ def test_a_tracker_stops_by_itself_when_another_coordinator_has_taken_over(sweep
     lease.drop()
 
 
+def finish(sweep: Path) -> None:
+    """Have a tracker upload everything."""
+
+    async def story() -> None:
+        tracker = TrackerProcess(sweep)
+        await tracker.start()
+        assert await tracker.finish(120) == 0
+
+    asyncio.run(asyncio.wait_for(story(), 200))
+
+
 def started_early(monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
     """The process that the next tracker is to be."""
     monkeypatch.setattr(child, "_early", None)
@@ -928,13 +939,7 @@ def test_a_process_that_was_started_early_becomes_the_tracker(
     add_trial(ledger, 0)
     run_trial(ledger, 0, {"accuracy": 0.5})
     early = started_early(monkeypatch)
-
-    async def story() -> None:
-        tracker = TrackerProcess(sweep)
-        await tracker.start()
-        assert await tracker.finish(120) == 0
-
-    asyncio.run(asyncio.wait_for(story(), 200))
+    finish(sweep)
     assert early.returncode == 0
     assert child._early is None
     assert_equal_to_ledger(ledger, uri)
@@ -945,13 +950,7 @@ def test_one_that_has_died_early_is_replaced(sweep: Path, uri: str, monkeypatch:
     early = started_early(monkeypatch)
     early.kill()
     early.wait()
-
-    async def story() -> None:
-        tracker = TrackerProcess(sweep)
-        await tracker.start()
-        assert await tracker.finish(120) == 0
-
-    asyncio.run(asyncio.wait_for(story(), 200))
+    finish(sweep)
     assert_equal_to_ledger(ledger, uri)
 
 

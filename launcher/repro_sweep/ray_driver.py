@@ -40,7 +40,7 @@ from repro_sweep.worker.ray import RayWorker
 _CONNECT_S = 5.0
 _TELL_S = 0.5
 _WAIT_S = 0.1
-_ADOPT_S = 2.0
+_SURVEY_S = 2.0
 _LEAVE_S = 15.0
 _CALLS_AT_A_TIME = 8
 _PRINTED = re.compile(r"^[\w.]+(?:Error|Exception): (.+)$", re.MULTILINE)
@@ -80,7 +80,8 @@ class _Driver:
         self._workers: dict[str, _Worker] = {}
         self._told = ""
         self._told_at = 0.0
-        self._adopt_at = 0.0
+        self._survey_at = 0.0
+        self._nodes: list[dict[str, float]] = []
         self._unknown: set[str] = set()
         """Workers that are to be stopped as soon as they are there."""
         self._class = ray.remote(RayWorker)
@@ -89,17 +90,19 @@ class _Driver:
         """Obey until told to end."""
         threading.Thread(target=self._read, daemon=True, name="stdin").start()
         while True:
-            self._adopt()
+            self._survey()
             if not self._obey():
                 return
             self._look()
             self._tell()
 
-    def _adopt(self) -> None:
-        """Take on actors that an earlier driver has started, or still starts."""
-        if time.monotonic() < self._adopt_at:
+    def _survey(self) -> None:
+        """See which nodes there are, and take on actors that an earlier driver has started, or still starts."""
+        if time.monotonic() < self._survey_at:
             return
-        self._adopt_at = time.monotonic() + _ADOPT_S
+        self._survey_at = time.monotonic() + _SURVEY_S
+        known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        self._nodes = [node["Resources"] for node in known if node["Alive"]]
         for name in ray.util.list_named_actors():
             if name not in self._workers:
                 with contextlib.suppress(ValueError):  # it has just ended
@@ -190,11 +193,8 @@ class _Driver:
         worker.ended = {"state": WorkerState.ENDED, "detail": f"{detail}{where}", "cause": cause}
 
     def _tell(self) -> None:
-        known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        nodes = [node["Resources"] for node in known if node["Alive"]]
-        text = json.dumps(
-            {"nodes": nodes, "workers": {name: worker.status() for name, worker in self._workers.items()}}
-        )
+        workers = {name: worker.status() for name, worker in self._workers.items()}
+        text = json.dumps({"nodes": self._nodes, "workers": workers})
         if text != self._told or time.monotonic() > self._told_at + _TELL_S:
             self._told, self._told_at = text, time.monotonic()
             self._out.write(text + "\n")

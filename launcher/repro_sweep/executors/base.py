@@ -64,6 +64,9 @@ class WorkerStatus:
     cause: Cause = Cause.OWN
 
 
+ALIVE = WorkerStatus(state=WorkerState.ALIVE)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """What an executor gets: the sweep, and the Unix socket at which its coordinator listens on this machine."""

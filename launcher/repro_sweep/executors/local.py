@@ -16,7 +16,7 @@ from pathlib import Path
 
 from repro_sweep import host, machine
 from repro_sweep.errors import SweepError
-from repro_sweep.executors.base import Cause, Context, Executor, WorkerState, WorkerStatus
+from repro_sweep.executors.base import ALIVE, Cause, Context, Executor, WorkerState, WorkerStatus
 from repro_sweep.lease import started_at
 from repro_sweep.spool import worker_directory, write_file
 
@@ -119,10 +119,10 @@ class _Process:
     def status(self) -> WorkerStatus:
         if self._child is None:
             alive = started_at(self._pid) == self._started
-            return _ALIVE if alive else WorkerStatus(state=WorkerState.ENDED, detail="is gone")
+            return ALIVE if alive else WorkerStatus(state=WorkerState.ENDED, detail="is gone")
         code = self._child.poll()
         if code is None:
-            return _ALIVE
+            return ALIVE
         cause = Cause.OWN if code >= 0 else Cause.KILLED
         return WorkerStatus(state=WorkerState.ENDED, detail=_ending(code), cause=cause)
 
@@ -148,9 +148,6 @@ def _ending(code: int) -> str:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:  # a real-time signal
         return f"killed by signal {-code}"
-
-
-_ALIVE = WorkerStatus(state=WorkerState.ALIVE)
 
 
 OPTIONS = Options

@@ -25,7 +25,16 @@ from typing import Any
 
 from repro_sweep import machine
 from repro_sweep.errors import SweepError
-from repro_sweep.executors.base import GONE, Cause, Context, Executor, Outlook, WorkerState, WorkerStatus
+from repro_sweep.executors.base import (
+    ALIVE,
+    GONE,
+    Cause,
+    Context,
+    Executor,
+    Outlook,
+    WorkerState,
+    WorkerStatus,
+)
 from repro_sweep.spool import worker_directory
 
 LOG_NAME = "ray.log"
@@ -89,7 +98,7 @@ class RayExecutor(Executor):
         self._need = need(options, context)
         self._here = machine.inspect() if options.address is None else None
         self._lock = threading.Lock()
-        self._known: dict[str, WorkerStatus] = dict.fromkeys(self._earlier(), _ALIVE)
+        self._known: dict[str, WorkerStatus] = dict.fromkeys(self._earlier(), ALIVE)
         self._ordered: set[str] = set()
         self._stopped: set[str] = set()
         self._seen: set[str] = set()
@@ -137,7 +146,7 @@ class RayExecutor(Executor):
         for worker in workers:
             worker_directory(self._directory, worker).mkdir(parents=True, mode=0o700, exist_ok=True)
         with self._lock:
-            self._known |= dict.fromkeys(workers, _ALIVE)
+            self._known |= dict.fromkeys(workers, ALIVE)
             self._ordered.update(workers)
         self._serve()
         self._say({"do": "start", "workers": workers})
@@ -297,9 +306,8 @@ class RayExecutor(Executor):
             self._known |= {name: status for name, status in found.items() if name not in self._known}
 
     def _lose(self, why: str) -> None:
-        gone = WorkerStatus(state=WorkerState.MISSING, detail=f"is out of reach: {why}", cause=Cause.LOST)
-        if self._here is not None:
-            gone = _LOST
+        away = WorkerStatus(state=WorkerState.MISSING, detail=f"is out of reach: {why}", cause=Cause.LOST)
+        gone = away if self._here is None else _LOST
         with self._lock:
             self._known |= {
                 name: gone
@@ -397,7 +405,6 @@ def _status(said: Mapping[str, str]) -> WorkerStatus:
     )
 
 
-_ALIVE = WorkerStatus(state=WorkerState.ALIVE)
 _LOST = WorkerStatus(state=WorkerState.ENDED, detail="is gone", cause=Cause.LOST)
 
 

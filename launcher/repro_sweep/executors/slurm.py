@@ -27,7 +27,16 @@ from typing import Any
 
 from repro_sweep import cluster, jobs
 from repro_sweep.errors import SweepError
-from repro_sweep.executors.base import GONE, Cause, Context, Executor, Outlook, WorkerState, WorkerStatus
+from repro_sweep.executors.base import (
+    ALIVE,
+    GONE,
+    Cause,
+    Context,
+    Executor,
+    Outlook,
+    WorkerState,
+    WorkerStatus,
+)
 from repro_sweep.spool import write_file
 from repro_sweep.submitting import Submission, TooManyJobsError, UnansweredError
 
@@ -208,7 +217,7 @@ class SlurmExecutor(Executor):
         write_file(self._folder / f"{ident}.json", batch.record())
         with self._lock:
             self._batches[ident] = batch
-            batch.statuses = dict.fromkeys(range(count), _ALIVE)
+            batch.statuses = dict.fromkeys(range(count), ALIVE)
         return batch
 
     def poll(self) -> Mapping[str, WorkerStatus]:
@@ -220,7 +229,7 @@ class SlurmExecutor(Executor):
     def _snapshot(self) -> dict[str, WorkerStatus]:
         with self._lock:
             return {
-                batch.worker(index): batch.statuses.get(index, _ALIVE)
+                batch.worker(index): batch.statuses.get(index, ALIVE)
                 for batch in self._batches.values()
                 for index in range(batch.count)
             }
@@ -423,7 +432,7 @@ class SlurmExecutor(Executor):
         return [
             index
             for index in range(batch.count)
-            if batch.statuses.get(index, _ALIVE).state is not WorkerState.ENDED
+            if batch.statuses.get(index, ALIVE).state is not WorkerState.ENDED
         ]
 
     def _note(self, batch: _Batch, seen: Mapping[tuple[str, int], jobs.Job]) -> None:
@@ -453,7 +462,7 @@ class SlurmExecutor(Executor):
                 state=WorkerState.SUSPENDED, detail=f"is {seen.state} {job}", cause=Cause.EVICTED
             )
         if seen.state not in jobs.ENDED:
-            return _ALIVE
+            return ALIVE
         cause = Cause.OWN
         if seen.state in jobs.EVICTED:
             cause = Cause.EVICTED
@@ -647,9 +656,6 @@ def last_words(directory: Path, worker: str) -> str:
         if lines:
             return f": {lines[-1][:300]}"
     return ""
-
-
-_ALIVE = WorkerStatus(state=WorkerState.ALIVE)
 
 
 OPTIONS = Options

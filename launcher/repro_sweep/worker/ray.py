@@ -11,7 +11,7 @@ import os
 import threading
 from pathlib import Path
 
-from repro_sweep import host
+from repro_sweep import host, machine
 from repro_sweep.spool import worker_directory
 from repro_sweep.worker.agent import Agent
 
@@ -32,7 +32,7 @@ class RayWorker:
 
     def __init__(self, worker: str, directory: str, socket: str | None, *, gpus: bool) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpus else ""
-        slot = tuple(part.strip() for part in visible.split(",") if part.strip())
+        slot = machine.inspect({"CUDA_VISIBLE_DEVICES": visible}).gpus
         own = worker_directory(Path(directory), worker)
         own.mkdir(parents=True, mode=0o700, exist_ok=True)
         handler = logging.FileHandler(own / "worker.log")
