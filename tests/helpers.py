@@ -22,7 +22,7 @@ from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import Composition, Limits, Origin, Resources, SweepSpec, TaskSpec, Tracking
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("repro-sweep")
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 MARK = "REPRO_SWEEP_TEST_MARK"
 _POLL_S = 0.01
 _FOREIGN = (

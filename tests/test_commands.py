@@ -147,7 +147,7 @@ def story(make_shared_project: MakeProject) -> SimpleNamespace:
             cwd=project.root,
             env=environment(),
             capture_output=True,
-            timeout=60,
+            timeout=300,
         )
         story.no_log = project.run("logs", "default/5")
         story.cancel = project.run("cancel", "default", "0", "4")
@@ -159,8 +159,8 @@ def story(make_shared_project: MakeProject) -> SimpleNamespace:
             story.follows, story.attaches = first_line(logs), first_line(attach)
             gate(project).touch()
             story.exit = command.wait()
-            story.followed, _ = logs.communicate(timeout=120)
-            story.attached = SimpleNamespace(output=attach.communicate(timeout=120), code=attach.returncode)
+            story.followed, _ = logs.communicate(timeout=300)
+            story.attached = SimpleNamespace(output=attach.communicate(timeout=300), code=attach.returncode)
         story.said = command.stderr
     story.sweep = project.sweep("default")
     story.started = started(project)
@@ -432,7 +432,7 @@ def test_a_sweep_is_stopped_from_another_terminal_and_when_nobody_coordinates_it
 def test_what_mlflow_lacks_after_it_was_away_is_sent_later(make_project: MakeProject) -> None:
     """Its store is locked while the sweep runs, and while it is tried the first time."""
     project = make_project(FILES)
-    store = sqlite3.connect(project.root / "mlflow.db", isolation_level=None, timeout=60)
+    store = sqlite3.connect(project.root / "mlflow.db", isolation_level=None, timeout=300)
     with contextlib.closing(store):
         with project.start(*SWEEP, "x=1,2") as command:
             until_started(command, project, 2)

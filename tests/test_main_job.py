@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-THREE_MINUTES = 180
+HANGS_S = 900  # a guard: how long the main job may take is measured elsewhere
 
 LOOK = """
 import json, sys
@@ -70,7 +70,7 @@ def finished(python: Path, project: Path) -> subprocess.CompletedProcess[str]:
     """The main job, run as a user runs it."""
     command = [str(python.with_name("repro-sweep")), "+sweep=optimizer_grid"]
     return subprocess.run(
-        command, cwd=project, env=environment(), capture_output=True, text=True, timeout=THREE_MINUTES
+        command, cwd=project, env=environment(), capture_output=True, text=True, timeout=HANGS_S
     )
 
 
@@ -81,7 +81,7 @@ def seen(python: Path, project: Path, finished: subprocess.CompletedProcess[str]
     shutil.rmtree(project / "multirun")
     env = environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}"}
     look = [str(python), "-P", "-c", LOOK]
-    done = subprocess.run(look, cwd=project.parent, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(look, cwd=project.parent, env=env, capture_output=True, text=True, timeout=HANGS_S)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -93,7 +93,7 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in hidden}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_main_job_ends_in_a_ranked_table(finished: subprocess.CompletedProcess[str]) -> None:
     assert finished.returncode == 0, finished.stderr
     title, *table = finished.stdout.strip().splitlines()
@@ -106,7 +106,7 @@ def test_the_main_job_ends_in_a_ranked_table(finished: subprocess.CompletedProce
     assert "48 waiting" in finished.stderr
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_best_trial_is_one_line_of_python_away_without_the_sweeps_directory(seen: dict[str, Any]) -> None:
     assert "site-packages" in seen["home"]
     best = seen["best"]
@@ -121,7 +121,7 @@ def test_the_best_trial_is_one_line_of_python_away_without_the_sweeps_directory(
     assert best["model"] > 10_000
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_study_learns_to_read_digits(seen: dict[str, Any]) -> None:
     assert seen["states"] == ["COMPLETE"] * 48
     assert seen["points"] == 16
@@ -130,6 +130,6 @@ def test_the_study_learns_to_read_digits(seen: dict[str, Any]) -> None:
     assert seen["best"]["metrics"]["test_accuracy"] > 0.95
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_parameters_exist_only_with_their_choice(seen: dict[str, Any]) -> None:
     assert seen["betas"] == ["Adam"]

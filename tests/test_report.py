@@ -435,7 +435,7 @@ def test_reports_are_read_of_some_points_where_there_are_too_many(
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The process that a sweep starts at its end."""
     command = [sys.executable, "-m", "repro_sweep.reporting", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_a_process_of_its_own_writes_the_report_and_says_nothing(ledger: Ledger) -> None:

@@ -124,7 +124,7 @@ def test_what_a_killed_writer_has_half_written_is_undone_by_whoever_reads_next(s
     assert reader.counts()[TrialState.WAITING] == 3
     for find in (lambda: reader, lambda: Ledger.open(folder, readonly=True)):
         subprocess.run(
-            [sys.executable, "-c", KILLED_WITHIN_A_COMMIT, str(folder)], env=environment(), timeout=60
+            [sys.executable, "-c", KILLED_WITHIN_A_COMMIT, str(folder)], env=environment(), timeout=300
         )
         assert (folder / "ledger.db-journal").stat().st_size > 0
         found = find()
@@ -220,7 +220,7 @@ def test_a_killed_coordinator_is_started_again_some_times_and_one_that_has_ended
     log = tmp_path / "log"
     child = CHILD.replace("LIVES", str(lives)).replace("CODE", str(code))
     done = subprocess.run(
-        [sys.executable, "-c", KEEPER, child, str(log)], env=environment(), timeout=60, capture_output=True
+        [sys.executable, "-c", KEEPER, child, str(log)], env=environment(), timeout=300, capture_output=True
     )
     assert done.returncode == status, done.stderr
     assert log.read_text().split() == ["first"] + ["again"] * (times - 1)

@@ -223,7 +223,7 @@ ledger.set_meta("lost", "yes")
 os.kill(os.getpid(), signal.SIGKILL)
 """
     Ledger.create(tmp_path, spec).close()
-    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, env=environment())
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=300, env=environment())
     assert killed.returncode == -9
     found = Ledger.open(tmp_path)
     assert (found.meta("kept"), found.meta("lost")) == ("yes", None)
@@ -1130,7 +1130,7 @@ def test_an_import_loads_nothing_heavy_that_it_does_not_need(program: str, heavy
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,
         env=environment(),
     )
     loaded = set(result.stdout.rpartition("LOADED")[2].split())

@@ -109,7 +109,7 @@ class Cluster:
         for node in self.nodes:
             # a slurmd has nothing to save, and would wait for its jobs
             node.kill()
-        processes.kill(self.jobs())
+        processes.kill_all(self.jobs)
         for daemon in self._some("slurmctld", "slurmdbd", "mariadbd", "munged"):
             daemon.stop()
 

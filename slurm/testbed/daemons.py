@@ -145,8 +145,7 @@ class Node(Daemon):
     def lose(self) -> None:
         """Take the node away as a power cut would: its slurmd and all that its jobs run are killed; nobody is told."""
         self.kill()
-        while found := self.jobs():  # one may just have started another
-            processes.kill(found)
+        processes.kill_all(self.jobs)
 
 
 def munged(layout: Layout, changed: Callable[[], None]) -> Daemon:

@@ -17,6 +17,8 @@ from slurm.testbed.errors import TestbedError
 
 _PROC = Path("/proc")
 _POLL_S = 0.02
+# a process that is just replacing its program has no environment to be told by
+_LOOKS = 2
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float, poll_s: float = _POLL_S) -> None:
@@ -84,6 +86,15 @@ def kill(processes: Iterable[Process]) -> None:
     for process in group:
         process.send(signal.SIGKILL)
     wait_until(lambda: not _living(group), f"killed processes end: {[process.pid for process in group]}", 10)
+
+
+def kill_all(find: Callable[[], list[Process]]) -> None:
+    """Kill what is found until nothing is: a process may just have started another, which a look can miss as well."""
+    looks = 0
+    while looks < _LOOKS:
+        found = find()
+        kill(found)
+        looks = 0 if found else looks + 1
 
 
 def of_jobs(slurm_conf: Path, log: Callable[[str], Path], nodes: Collection[str]) -> list[Process]:

@@ -46,7 +46,7 @@ def outcomes(directory: Path, processes: int, rounds: int) -> Iterator[tuple[int
         for process in made:
             process.start()
         for _ in range(rounds * processes):
-            yield results.get(timeout=120)
+            yield results.get(timeout=300)
         for process in made:
             process.join(60)
             assert process.exitcode == 0
