@@ -179,7 +179,7 @@ class _Driver:
     def _end(self, name: str, worker: _Worker) -> None:
         where = f" on {worker.host}" if worker.host else ""
         try:
-            well = ray.get(worker.over)
+            trouble = ray.get(worker.over)
         except exceptions.ActorUnavailableError:  # a call was lost, not the actor
             worker.over = worker.handle.work.remote()
             return
@@ -187,7 +187,7 @@ class _Driver:
             cause, detail = _why(error)
             log.info("%s has ended: %s", name, error)
         else:
-            cause, detail = Cause.OWN, "left" if well else f"failed, see workers/{name}/worker.log"
+            cause, detail = Cause.OWN, "left" if trouble is None else f"failed: {trouble}"
         if worker.stop_at is not None:
             cause, detail = Cause.OWN, "was stopped"
         worker.ended = {"state": WorkerState.ENDED, "detail": f"{detail}{where}", "cause": cause}
@@ -208,6 +208,8 @@ def _why(error: exceptions.RayError) -> tuple[Cause, str]:
         error, exceptions.ActorDiedError
     ):  # the node's end may be seen a moment later
         return Cause.KILLED, "died, and Ray does not say why"
+    if "raised in its creation task" in text:
+        return Cause.OWN, f"could not start: {text.strip().splitlines()[-1][:300]}"
     reason = " ".join((found[1] if found else text).split())
     if "killed by `ray.kill`" in reason:
         return Cause.CANCELLED, "was killed by ray.kill"

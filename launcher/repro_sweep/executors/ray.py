@@ -257,8 +257,9 @@ class RayExecutor(Executor):
             "local": {"num_cpus": here["CPU"], "num_gpus": here["GPU"], "resources": options.resources} if here else {},
             "actors": {key: value for key, value in actors.items() if value is not None},
             "arguments": {
+                "sweep_id": spec.sweep_id,
                 "directory": spec.directory,
-                "socket": self._context.socket if options.address is None else None,
+                "socket_path": self._context.socket if options.address is None else None,
                 "gpus": self._need.get("GPU", 0.0) > 0,
             },
         }  # fmt: skip

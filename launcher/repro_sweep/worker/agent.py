@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Agent:
         gpus: of each slot, the devices that its trials see.
         ends_at: when it must have left, in seconds of the monotonic clock; None: whenever it likes.
         team: the nodes that its trials span, all of them; None: this one.
+        nursery: makes what starts its trials, from the sweep's record.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Agent:
         *,
         ends_at: float | None = None,
         team: Team | None = None,
+        nursery: Callable[[str], Nursery] = Nursery,
     ) -> None:
         self._team = team
+        self._make_nursery = nursery
         self._ends_at = ends_at
         self._leave_at: float | None = None
         self._worker = worker
@@ -80,7 +83,11 @@ class Agent:
         self._outbox = Outbox()
         self._stopping = threading.Event()
         self._done = threading.Event()
+        self._over = threading.Event()
         self._failed = False
+        self._abandoned = False
+        self.trouble = "see its log"
+        """What went wrong, where :meth:`work` says that something did; one line."""
 
     def work(self) -> bool:
         """Run trials until none is left, or it is stopped; returns whether all went well.
@@ -96,7 +103,7 @@ class Agent:
             return True
         self._spec_text = registered.spec
         self._spec = SweepSpec.model_validate_json(registered.spec)
-        self._nursery = Nursery(registered.spec)
+        self._nursery = self._make_nursery(registered.spec)
         slots = [
             threading.Thread(target=self._slot, args=(slot,), daemon=True, name=f"slot {slot}")
             for slot in range(len(self._gpus))
@@ -114,6 +121,11 @@ class Agent:
 
     def stop(self) -> None:
         """Stop what runs, and leave soon."""
+        self._stopping.set()
+
+    def abandon(self) -> None:
+        """Whatever this worker ran for is gone: kill what runs and leave without a word: others say why."""
+        self._abandoned = True
         self._stopping.set()
 
     def _handle_signals(self) -> None:
@@ -152,7 +164,8 @@ class Agent:
             if registered is not None:
                 return registered
             if self._link.lost_for_s > (_FIRST_JOIN_S if self._link.is_announced else _BETWEEN_S):
-                log.error("no coordinator in %.0f s: %s", self._link.lost_for_s, self._link.trouble)
+                self.trouble = f"no coordinator in {self._link.lost_for_s:.0f} s: {self._link.trouble}"
+                log.error("%s", self.trouble)
                 break
             self._stopping.wait(_LOOK_S)
         return None
@@ -199,12 +212,13 @@ class Agent:
             if self._link.lost_for_s:
                 self._link.give_up()
             time.sleep(0.02)
-        if not self._link.lost_for_s:
+        if not self._link.lost_for_s and not self._abandoned:
             leave = threading.Thread(target=self._heartbeat, kwargs={"leaving": True}, daemon=True)
             leave.start()
             leave.join(_END_S)
-        self._link.give_up()
+        self._link.close()
         self._nursery.close()
+        self._over.set()
 
     def _send_heartbeats(self) -> None:
         while not self._stopping.is_set():
@@ -220,7 +234,7 @@ class Agent:
                 self._link.rejoin()
 
     def _send_reports(self) -> None:
-        while True:
+        while not self._over.is_set():
             batch = self._outbox.gather(_FLUSH_S)
             if not batch:
                 continue
@@ -236,11 +250,11 @@ class Agent:
             yield
         except ProtocolError as error:
             log.error("%s", error)  # noqa: TRY400  (one line says it all)
-            self._fail()
+            self._fail(str(error))
 
-    def _fail(self) -> None:
+    def _fail(self, trouble: str) -> None:
         """End this worker: a slot that died alone would keep its trial for ever."""
-        self._failed = True
+        self._failed, self.trouble = True, trouble
         self._stopping.set()
 
     # --- a slot ----------------------------------------------------------------------------------------------
@@ -256,6 +270,9 @@ class Agent:
                     claimed, finished = self._claim(slot, finished), None
                     if claimed.assignment is not None:
                         finished = self._run(claimed.assignment)
+                        if self._abandoned:
+                            self._running.pop(finished.attempt)
+                            return
                     elif claimed.over and self._all_idle(slot):
                         return
                 if finished is not None:
@@ -264,9 +281,9 @@ class Agent:
         except CoordinatorLostError:
             if finished is not None:
                 self._running.pop(finished.attempt, None)  # its result is on disk
-        except Exception:
+        except Exception as error:
             log.exception("slot %d", slot)
-            self._fail()
+            self._fail(f"slot {slot}: {error!r}")
 
     def _claim(self, slot: int, finished: protocol.Finish | None) -> protocol.Claimed:
         attempt = uuid.uuid4().hex
@@ -318,8 +335,9 @@ class Agent:
             run.kill(FailureKind.EXCEPTION)
             result = failure(FailureKind.EXCEPTION, f"the worker failed: {error!r}")
         if run.broken:
-            log.error("trial %d: %s: this worker leaves", assignment.trial, result.get("message"))
-            self._fail()
+            trouble = f"trial {assignment.trial}: {result.get('message')}: this worker leaves"
+            log.error("%s", trouble)
+            self._fail(trouble)
         return protocol.Finish(
             worker=self._worker,
             attempt=assignment.attempt,

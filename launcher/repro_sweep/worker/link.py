@@ -121,6 +121,12 @@ class Link:
             self._over = True
             self._changed.notify_all()
 
+    def close(self) -> None:
+        """Give up, and end all connections."""
+        self.give_up()
+        if self._client is not None:
+            self._client.close()
+
     def _join(self, address: Address) -> protocol.Registered | None:
         troubles: list[str] = []
         for target in address.tcp if self._over_tcp else (address.socket,):

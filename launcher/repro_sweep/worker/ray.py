@@ -1,23 +1,33 @@
-"""A worker that runs as a Ray actor: one slot, with what Ray has given to the actor.
+"""A worker as a Ray actor: it holds one slot's place and what Ray has given to it; its agent runs elsewhere.
 
-Its slot's GPUs are those that Ray shows to it. What runs here is the agent; trials are processes of its own, which end
-with this one.
+All actors of a sweep on a node share a process (:mod:`repro_sweep.worker.node`), in which their agents run: that has
+imported everything once. The first actor starts it. It isn't the actor's child, since it stays for the others, and is
+told apart from that of another node on the same machine by the raylet, the parent of all actors of a node. A worker
+ends with its actor, and an actor with its worker.
+
+Only the standard library is imported here: that is what the start of an actor costs.
 """
 
 from __future__ import annotations
 
-import logging
+import fcntl
+import json
 import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
-from repro_sweep import host, machine
-from repro_sweep.spool import worker_directory
-from repro_sweep.worker.agent import Agent
+from repro_sweep import host
 
+SOCKET, LOCK = "node.sock", "node.lock"
+_LONGEST_FOLDER = 60  # a socket's path has 108 bytes at most
+_BACKLOG = 1024
 _GOODBYE_S = 2.0
-
-log = logging.getLogger(__name__)
 
 
 class RayWorker:
@@ -25,51 +35,95 @@ class RayWorker:
 
     Args:
         worker: its id.
-        directory: the sweep's.
-        socket: where the coordinator listens on this machine; None: over TCP.
+        sweep_id: the sweep's.
+        directory: the sweep's, on the coordinator's machine.
+        socket_path: where the coordinator listens on this machine; None: over TCP.
         gpus: whether the slot has any.
     """
 
-    def __init__(self, worker: str, directory: str, socket: str | None, *, gpus: bool) -> None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpus else ""
-        slot = machine.inspect({"CUDA_VISIBLE_DEVICES": visible}).gpus
-        own = worker_directory(Path(directory), worker)
-        own.mkdir(parents=True, mode=0o700, exist_ok=True)
-        handler = logging.FileHandler(own / "worker.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-        ours = logging.getLogger("repro_sweep")
-        ours.addHandler(handler)
-        ours.setLevel(logging.INFO)
-        self._agent = Agent(worker, Path(directory), socket, [slot])
-        self._lock = threading.Lock()
+    def __init__(
+        self, worker: str, sweep_id: str, directory: str, socket_path: str | None, *, gpus: bool
+    ) -> None:
+        self._node = _connect(_folder(sweep_id), Path(directory, "workers", worker))
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._well = False
+        self._result: dict[str, Any] = {}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpus else ""
+        self._say(worker=worker, directory=directory, socket=socket_path, visible=visible)
+        threading.Thread(target=self._hear, name="node", daemon=True).start()
 
     def where(self) -> str:
         """The name of the machine: that this is answered means that the actor has its place."""
         return host.name()
 
-    def work(self) -> bool:
-        """Work until there is nothing more to do; returns whether all went well. May be called again and again.
+    def work(self) -> str | None:
+        """Work until there is nothing more to do; returns what went wrong. May be called again and again.
 
         The actor's process ends soon after.
         """
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="agent")
-                self._thread.start()
         self._over.wait()
-        return self._well
+        trouble: str | None = self._result.get("trouble", "its node's process for this sweep has died")
+        return trouble
 
     def stop(self) -> None:
         """Have the agent stop its trials and leave."""
-        self._agent.stop()
+        self._say(stop=True)
 
-    def _work(self) -> None:
+    def _say(self, **message: object) -> None:
+        self._node.sendall(json.dumps(message).encode() + b"\n")
+
+    def _hear(self) -> None:
         try:
-            self._well = self._agent.work()
-        except Exception:
-            log.exception("the agent")
+            with self._node.makefile("rb") as lines:
+                for line in lines:
+                    self._result = json.loads(line)
+        except OSError:
+            pass
         self._over.set()
         threading.Timer(_GOODBYE_S, os._exit, (0,)).start()
+
+
+def _folder(sweep_id: str) -> Path:
+    """The private folder of the node's process."""
+    temporary = tempfile.gettempdir()
+    base = Path("/tmp" if len(temporary) > _LONGEST_FOLDER else temporary)  # noqa: S108  (only its owner may enter)
+    folder = base / f"repro-sweep-{os.getuid()}" / f"{sweep_id}-{os.getppid()}"
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    found = folder.parent.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
+        raise PermissionError(f"{folder.parent} must be a folder of this user that nobody else may enter")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _connect(folder: Path, logs: Path) -> socket.socket:
+    """A connection to the node's process, which is started where there is none, with its log in the worker's folder."""
+    path = folder / SOCKET
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the process doesn't leave while somebody comes
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            path.unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(path))
+                listener.listen(_BACKLOG)
+                _start(folder, listener, logs if logs.is_dir() else folder)
+            connection.connect(str(path))
+    return connection
+
+
+def _start(folder: Path, listener: socket.socket, logs: Path) -> None:
+    fd = listener.fileno()
+    command = [
+        "setsid",
+        "--fork",
+        sys.executable,
+        "-P",
+        "-m",
+        "repro_sweep.worker.node",
+        str(folder),
+        str(fd),
+    ]
+    with (logs / "worker.log").open("ab") as log:
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[fd])
