@@ -44,14 +44,19 @@ class RayCluster:
             "--include-dashboard=false", *(options or ("--num-cpus=0",)),
         )  # fmt: skip
 
-    def add_node(self, name: str, *options: str, env: dict[str, str] | None = None) -> None:
-        """A node with the custom resource ``name`` and two CPUs, unless the options say otherwise."""
+    def add_node(
+        self, name: str, *options: str, env: dict[str, str] | None = None, hidden: Path | None = None
+    ) -> None:
+        """A node with the custom resource ``name`` and two CPUs, unless the options say otherwise.
+
+        ``hidden``: a folder that it does not see; it has an empty one in its place.
+        """
         self._last += 1
         given = {option.partition("=")[0] for option in options}
         defaults = [("--num-cpus", "2"), ("--num-gpus", "0"), ("--resources", f'{{"{name}": 1}}')]
         self._start(
             name, f"--address={self.address}", f"--node-ip-address=127.0.0.{self._last}",
-            *(f"{key}={value}" for key, value in defaults if key not in given), *options, env=env,
+            *(f"{key}={value}" for key, value in defaults if key not in given), *options, env=env, hidden=hidden,
         )  # fmt: skip
 
     def pids(self, name: str, what: str = "") -> list[int]:
@@ -90,8 +95,13 @@ class RayCluster:
             self.kill_node(name)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, name: str, *options: str, env: dict[str, str] | None = None) -> None:
+    def _start(
+        self, name: str, *options: str, env: dict[str, str] | None = None, hidden: Path | None = None
+    ) -> None:
         command = [_RAY, "start", "--block", "--disable-usage-stats", *options]
+        if hidden is not None:
+            hide = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", hide, str(hidden), *command]
         with (self.folder / f"{name}.out").open("wb") as out:
             process = subprocess.Popen(
                 command, env=environment({**self.env, **(env or {})}), stdout=out, stderr=out,

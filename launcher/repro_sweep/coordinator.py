@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from repro_sweep import endings, protocol, spool
+from repro_sweep import endings, exchange, protocol, spool
 from repro_sweep.asking import AskingProcess
 from repro_sweep.crew import Crew, WorkersCancelledError
 from repro_sweep.errors import LeaseLostError, LedgerError, SweepError
@@ -378,6 +378,18 @@ class Coordinator:
             return protocol.RunReference(error=str(error))
         return protocol.RunReference(run_id=run.run_id, uri=run.uri, experiment_id=run.experiment_id)
 
+    async def piece(self, message: protocol.Piece) -> protocol.Acknowledged:
+        """A piece of a file of a running trial."""
+        running = self._running.get(message.attempt)
+        if running is None:
+            return protocol.Acknowledged(refused=True)
+        await asyncio.to_thread(exchange.put, Path(running.assignment.directory), message)
+        return protocol.Acknowledged()
+
+    async def source(self, message: protocol.SourceRequest) -> protocol.SourcePiece:
+        """A piece of the source."""
+        return await asyncio.to_thread(exchange.source_at, self._directory, message.offset)
+
     # --- handing out -----------------------------------------------------------------------------------------
 
     async def _next(self, message: protocol.Claim, wait_s: float) -> protocol.Claimed:
@@ -465,9 +477,11 @@ class Coordinator:
 
     def _assignment(self, ledger: Ledger, attempt: Attempt) -> protocol.Assignment:
         trial = ledger.trial(attempt.trial)
+        directory = self.spec.trial_directory(trial.directory)
         return protocol.Assignment(
             attempt=attempt.id, trial=trial.number, ordinal=attempt.ordinal, overrides=trial.overrides,
-            config=trial.config, directory=str(self.spec.trial_directory(trial.directory)),
+            config=trial.config, directory=str(directory),
+            log_size=exchange.log_size(directory) if attempt.ordinal else 0,
         )  # fmt: skip
 
     def _reuse(self, ledger: Ledger, found: Mapping[str, Reused]) -> list[tuple[int, Reused]]:

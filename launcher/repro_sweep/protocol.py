@@ -10,6 +10,9 @@ path            request                   reply                    meaning
 /finish         :class:`Finish`           :class:`Acknowledged`    an attempt ended
 /heartbeat      :class:`Heartbeat`        :class:`Beat`            the worker lives, and what it runs
 /run            :class:`RunRequest`       :class:`RunReference`    the MLflow run of a trial that uses MLflow
+/piece          :class:`Piece`            :class:`Acknowledged`    of a file of a trial, from a machine that does not
+                                                                   see the sweep's directory
+/source         :class:`SourceRequest`    :class:`SourcePiece`     of the source, to such a machine
 /status         :class:`StatusRequest`    ``progress.Progress``    what a display shows
 /cancel         :class:`Cancel`           :class:`Cancelled`       the user cancels trials, or stops the sweep
 ==============  ========================  =======================  ==========================================
@@ -21,9 +24,10 @@ recorded once. A coordinator that has been replaced answers 410 (Gone): its work
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from repro_sweep.states import FailureKind, TrialState
 
@@ -67,7 +71,7 @@ class Registered(Message):
 class Assignment(Message):
     """A trial to run: its number, absolute directory, Hydra overrides, and the config frozen at submission as YAML.
 
-    ``ordinal`` counts the trial's attempts from 0.
+    ``ordinal`` counts the trial's attempts from 0; ``log_size`` is what earlier ones have left of its log, in bytes.
     """
 
     attempt: str
@@ -76,6 +80,7 @@ class Assignment(Message):
     directory: str
     overrides: tuple[str, ...]
     config: str
+    log_size: int = 0
 
 
 class Claimed(Message):
@@ -171,6 +176,41 @@ class RunReference(Message):
     run_id: str = ""
     uri: str = ""
     experiment_id: str = ""
+    error: str | None = None
+
+
+def _below(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\0" in path:
+        raise ValueError("must be a path below the trial's directory")
+    return path
+
+
+class Piece(Message):
+    """Bytes at ``offset`` of a file in the attempt's directory, in base64.
+
+    The file ``grows`` with each piece, or appears as a whole with the ``last`` one.
+    """
+
+    attempt: str
+    path: Annotated[str, AfterValidator(_below)]
+    offset: Annotated[int, Field(ge=0)]
+    data: str
+    grows: bool = False
+    last: bool = False
+
+
+class SourceRequest(Message):
+    """The archive of the source, from this byte on."""
+
+    offset: Annotated[int, Field(ge=0)] = 0
+
+
+class SourcePiece(Message):
+    """Bytes of the archive, in base64, which has ``size`` bytes; ``error`` is set instead where there is none."""
+
+    data: str = ""
+    size: int = 0
     error: str | None = None
 
 

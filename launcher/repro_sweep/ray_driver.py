@@ -70,9 +70,14 @@ class _Driver:
     Args:
         actors: what each actor asks for, as Ray's ``options`` have it.
         arguments: the rest of what a :class:`RayWorker` gets.
+        announced: the file in which the coordinator says where it listens; None: workers need not know.
     """
 
-    def __init__(self, out: IO[str], actors: dict[str, Any], arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, out: IO[str], actors: dict[str, Any], arguments: dict[str, Any], announced: Path | None
+    ) -> None:
+        self._announced = announced
+        self._address: str | None = None
         self._out = out
         self._actors = actors
         self._arguments = arguments
@@ -102,11 +107,28 @@ class _Driver:
             return
         self._survey_at = time.monotonic() + _SURVEY_S
         known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        self._announce()
         self._nodes = [node["Resources"] for node in known if node["Alive"]]
         for name in ray.util.list_named_actors():
             if name not in self._workers:
                 with contextlib.suppress(ValueError):  # it has just ended
                     self._take_on(name, ray.get_actor(name))
+                    if self._address is not None:
+                        self._workers[name].handle.announce.remote(self._address)
+
+    def _announce(self) -> None:
+        """Tell workers of earlier coordinators where this one listens."""
+        if self._announced is None:
+            return
+        try:
+            address = self._announced.read_text()
+        except OSError:  # it has left
+            return
+        if address != self._address:
+            self._address = address
+            for worker in self._workers.values():
+                if worker.ended is None:
+                    worker.handle.announce.remote(address)
 
     def _read(self) -> None:
         for line in sys.stdin:
@@ -133,7 +155,7 @@ class _Driver:
             name=worker, lifetime="detached", get_if_exists=True, max_restarts=0, max_task_retries=0,
             max_concurrency=_CALLS_AT_A_TIME, **self._actors,
         )  # fmt: skip
-        self._take_on(worker, actor.remote(worker, **self._arguments))
+        self._take_on(worker, actor.remote(worker, address=self._address, **self._arguments))
 
     def _take_on(self, name: str, handle: Any) -> None:
         self._workers[name] = _Worker(handle)
@@ -282,7 +304,8 @@ def main() -> None:
             actors = order["actors"]
             if "scheduling_strategy" in actors:
                 actors["scheduling_strategy"] = _strategy(actors["scheduling_strategy"])
-            _Driver(out, actors, order["arguments"]).run()
+            announced = None if order["announced"] is None else Path(order["announced"])
+            _Driver(out, actors, order["arguments"], announced).run()
         except _RefusedError as error:
             out.write(json.dumps({"error": str(error)}) + "\n")
         except BrokenPipeError:

@@ -13,6 +13,7 @@ import secrets
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -310,10 +311,28 @@ def specify(
         code=code_fingerprint(cwd),
         reuse=options.reuse,
         detach=options.detach,
+        checkpoint_uri=_checkpoint_uri(options.checkpoint_uri),
         objectives=objectives if len(objectives) > 1 else (),
         pruner=_pruner(options.pruner, choices.get("sweep/pruner"), "sweep/pruner"),
         search=_search(options, sampler, choices.get("sweep/repeats_pruner"), params, overrides),
     )
+
+
+def _checkpoint_uri(uri: str | None) -> str | None:
+    """Where checkpoints are kept; fsspec must know how to get there."""
+    if uri is None:
+        return None
+    where = "sweep.checkpoint_uri"
+    if find_spec("fsspec") is None:
+        raise SweepError(f"{where}: fsspec is not installed; pip install fsspec")
+    from fsspec import get_filesystem_class
+    from fsspec.utils import get_protocol
+
+    try:
+        get_filesystem_class(get_protocol(uri))
+    except (ImportError, ValueError) as error:
+        raise SweepError(f"{where}: '{uri}' cannot be used: {' '.join(str(error).split())}") from error
+    return uri if "://" in uri else str(Path(uri).absolute())
 
 
 def _has_gpus(executor: DictConfig) -> bool:

@@ -156,6 +156,11 @@ def reports_of(trial: Path, attempt: str) -> list[NewReport]:
     return found
 
 
+def is_report_log(name: str) -> bool:
+    """Whether a file in a trial's directory is such a record."""
+    return name.startswith("reports-") and name.endswith(".jsonl")
+
+
 def drop_reports(trial: Path, attempt: str) -> None:
     """Forget an attempt's own record of its reports: the ledger has them."""
     _reports_path(trial, attempt).unlink(missing_ok=True)

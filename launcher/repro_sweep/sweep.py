@@ -199,7 +199,8 @@ class SweepSpec(Record):
     seconds UTC. ``code`` is a fingerprint of the project's Python files; ``reuse``: take over what other sweeps in the
     same MLflow store have of the same points and the same code. ``objectives`` are set where there are several, the
     first one being ``metric``. ``search`` is None for a grid. ``pruner`` ends trials that are not worth going on
-    with. ``detach``: the coordinator is a job of the executor's too.
+    with. ``detach``: the coordinator is a job of the executor's too. ``checkpoint_uri``: where checkpoints are kept of
+    trials on machines that do not see ``directory``.
     """
 
     sweep_id: str
@@ -226,6 +227,7 @@ class SweepSpec(Record):
     search: SearchSpec | None = None
     pruner: Chosen | None = None
     detach: bool = False
+    checkpoint_uri: str | None = None
 
     @property
     def ranked_by(self) -> str:

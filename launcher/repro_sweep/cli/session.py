@@ -23,6 +23,7 @@ from repro_sweep.errors import LeaseLostError, ReproSweepError, SweepError
 from repro_sweep.executors import base as executors
 from repro_sweep.lease import Lease, holder_of
 from repro_sweep.ledger import Ledger
+from repro_sweep.provenance import source
 from repro_sweep.server import Server
 from repro_sweep.tracking.process import TrackerProcess
 
@@ -183,6 +184,7 @@ class _Session:
             await server.start()
             async with Display(self._coordinator.progress):
                 self._lease.announce(server.path, server.tcp, server.token)
+                await self._pack()
                 async with reusing(self._spec, self._coordinator, self._tracker) as self._reusing:
                     await self._coordinator.run(executors.create(self._spec, server.path))
                 if not self._left:
@@ -202,6 +204,15 @@ class _Session:
             return HANDED_OVER
         failed = summarise(self._spec, self._coordinator.progress(), left, error)
         return INTERRUPTED if self._interrupts or self._coordinator.abandoned else int(failed)
+
+    async def _pack(self) -> None:
+        """Have the source ready for machines that may not see this one's files."""
+        if executors.ships_source(self._spec):
+            trouble = await asyncio.to_thread(source.pack, self._spec)
+            if trouble is not None:
+                self._coordinator.warn(
+                    f"machines that do not see {self._spec.directory} cannot take part: {trouble}"
+                )
 
     async def _report(self) -> None:
         """Draw a search's report, which MLflow gets too, unless the user is in a hurry."""

@@ -100,6 +100,7 @@ class SweepConf:
     stall_timeout_min: float | None = None
     orphan_timeout_min: float = 10.0
     min_free_mb: float = 100.0
+    checkpoint_uri: str | None = None
     reuse: bool = True
     detach: bool = False
 

@@ -160,6 +160,13 @@ def is_remote(spec: SweepSpec) -> bool:
     return bool(remote(module.OPTIONS(**spec.executor)) if callable(remote) else remote)
 
 
+def ships_source(spec: SweepSpec) -> bool:
+    """Whether the workers' machines may not see this one's files: their module's ``SHIPS_SOURCE``, as ``REMOTE``."""
+    module = load(spec.executor_name)
+    ships = getattr(module, "SHIPS_SOURCE", False)
+    return bool(ships(module.OPTIONS(**spec.executor)) if callable(ships) else ships)
+
+
 def is_spread(spec: SweepSpec) -> bool:
     """Whether other machines take part: the workers', or the login node from which its user looks after a job."""
     return is_remote(spec) or "SLURM_JOB_ID" in os.environ

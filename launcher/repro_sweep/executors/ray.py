@@ -35,6 +35,7 @@ from repro_sweep.executors.base import (
     WorkerState,
     WorkerStatus,
 )
+from repro_sweep.lease import ADDRESS_NAME
 from repro_sweep.spool import worker_directory
 
 LOG_NAME = "ray.log"
@@ -256,6 +257,7 @@ class RayExecutor(Executor):
             "namespace": f"repro-sweep-{spec.sweep_id}",
             "local": {"num_cpus": here["CPU"], "num_gpus": here["GPU"], "resources": options.resources} if here else {},
             "actors": {key: value for key, value in actors.items() if value is not None},
+            "announced": None if here else str(self._directory / ADDRESS_NAME),
             "arguments": {
                 "sweep_id": spec.sweep_id,
                 "directory": spec.directory,
@@ -409,6 +411,6 @@ def _status(said: Mapping[str, str]) -> WorkerStatus:
 _LOST = WorkerStatus(state=WorkerState.ENDED, detail="is gone", cause=Cause.LOST)
 
 
-REMOTE = remote
+REMOTE = SHIPS_SOURCE = remote
 OPTIONS = Options
 EXECUTOR = RayExecutor

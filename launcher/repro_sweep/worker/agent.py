@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from repro_sweep import host, protocol, spool
-from repro_sweep.errors import ProtocolError
+from repro_sweep.errors import ProtocolError, SweepError
 from repro_sweep.states import FailureKind
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.worker.attempt import Part, Run, failure
+from repro_sweep.worker.checkpoints import CheckpointError
 from repro_sweep.worker.client import CoordinatorLostError
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.nursery import Nursery
 from repro_sweep.worker.outbox import Answer, Outbox
 from repro_sweep.worker.ranks import Ranks, Team
+from repro_sweep.worker.site import Site
 from repro_sweep.worker.wire import LEAVE_SIGNAL, STACKS_SIGNAL
 
 HEARTBEAT_S = 1.0
@@ -56,6 +58,7 @@ class Agent:
         ends_at: when it must have left, in seconds of the monotonic clock; None: whenever it likes.
         team: the nodes that its trials span, all of them; None: this one.
         nursery: makes what starts its trials, from the sweep's record.
+        site: the machine; None: it sees the sweep's directory.
     """
 
     def __init__(
@@ -68,8 +71,10 @@ class Agent:
         ends_at: float | None = None,
         team: Team | None = None,
         nursery: Callable[[str], Nursery] = Nursery,
+        site: Site | None = None,
     ) -> None:
         self._team = team
+        self._site = site or Site()
         self._make_nursery = nursery
         self._ends_at = ends_at
         self._leave_at: float | None = None
@@ -102,8 +107,15 @@ class Agent:
         if registered.leave:
             return True
         self._spec_text = registered.spec
-        self._spec = SweepSpec.model_validate_json(registered.spec)
-        self._nursery = self._make_nursery(registered.spec)
+        try:
+            here = self._site.settle(self._link, registered.spec)
+        except (SweepError, CoordinatorLostError, ProtocolError) as error:
+            self.trouble = str(error)
+            log.error("%s", self.trouble)  # noqa: TRY400  (one line says it all)
+            self._link.close()
+            return False
+        self._spec = SweepSpec.model_validate_json(here)
+        self._nursery = self._make_nursery(here)
         slots = [
             threading.Thread(target=self._slot, args=(slot,), daemon=True, name=f"slot {slot}")
             for slot in range(len(self._gpus))
@@ -143,6 +155,9 @@ class Agent:
 
     def find_run(self, attempt: str) -> dict[str, Any]:
         """The MLflow run of an attempt's trial."""
+        problem = self._site.why_no_mlflow(self._spec)
+        if problem is not None:
+            return {"error": problem}
         try:
             reply = self._link.post("/run", protocol.RunRequest(attempt=attempt), protocol.RunReference)
         except (CoordinatorLostError, ProtocolError) as error:
@@ -263,6 +278,7 @@ class Agent:
         self._nursery.wait_ready()
         if self._nursery.failed is not None:
             log.error("%s", self._nursery.failed)
+            self._fail(self._nursery.failed)
         finished: protocol.Finish | None = None
         try:
             with self._failing_on_refusal():
@@ -295,14 +311,12 @@ class Agent:
         try:
             claimed = self._link.post("/claim", claim, protocol.Claimed)
             if claimed.assignment is not None:
+                assignment = self._site.placed(claimed.assignment)
+                part = self._part(assignment)
                 self._running[attempt] = Run(
-                    self,
-                    self._nursery,
-                    self._spec,
-                    claimed.assignment,
-                    self._gpus[slot],
-                    part=self._part(claimed.assignment),
+                    self, self._nursery, self._spec, assignment, self._gpus[slot], part=part
                 )
+                claimed = protocol.Claimed(assignment=assignment)
         finally:
             self._claimed.discard(attempt)
         self._delivered(finished)
@@ -329,7 +343,10 @@ class Agent:
         if self._stopping.is_set():
             run.kill(FailureKind.CANCELLED)
         try:
-            result = run.run()
+            with self._site.visit(assignment, self._link, self._spec):
+                result = run.run()
+        except CheckpointError as error:
+            result = failure(FailureKind.NODE_LOST, str(error))
         except Exception as error:
             log.exception("trial %d", assignment.trial)
             run.kill(FailureKind.EXCEPTION)

@@ -3,8 +3,12 @@
 They share one zygote, so the task is imported once a node. An actor is a connection (:mod:`repro_sweep.worker.ray`);
 JSON lines::
 
-    actor -> node   {"worker": id, "directory": ..., "socket": ... or null, "visible": "0,1"}, then maybe {"stop": true}
+    actor -> node   {"worker": id, "directory": …, "socket": … or null, "address": … or null, "visible": "0,1"}, then
+                    {"stop": true}, or {"address": …}: there is another coordinator
     node -> actor   {"trouble": "one line" or null}, when its agent has left
+
+``address`` is the text of the coordinator's ``coordinator.json``. Where the sweep's directory, with that file in it, is
+not to be seen, trials run in a folder of this machine (:mod:`repro_sweep.worker.scratch`).
 
 When an actor is gone, so is its worker: its trial is killed, and whoever looks after the actors says why. The process
 leaves some seconds after the last of them.
@@ -19,6 +23,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -28,10 +33,12 @@ from pathlib import Path
 from typing import Any
 
 from repro_sweep import machine
+from repro_sweep.lease import address_of
 from repro_sweep.spool import worker_directory
 from repro_sweep.worker.agent import Agent
 from repro_sweep.worker.nursery import Nursery
-from repro_sweep.worker.ray import LOCK, SOCKET
+from repro_sweep.worker.ray import LOCK
+from repro_sweep.worker.scratch import Scratch
 from repro_sweep.worker.wire import LEAVE_SIGNAL, STACKS_SIGNAL
 
 _LINGER_S = 10.0
@@ -59,6 +66,7 @@ class Node:
         self._folder = folder
         self._listener = listener
         self._lock = threading.Lock()
+        self._scratch: Scratch | None = None
         self._nurseries: dict[str, _Shared] = {}
         self._actors = 0
         self._alone_since = time.monotonic()
@@ -76,11 +84,11 @@ class Node:
 
     def _leave(self) -> bool:
         """Leave, if nobody is just coming."""
-        with (self._folder / LOCK).open("w") as lock:
+        with (self._folder.parent / LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if select.select([self._listener], [], [], 0)[0]:
                 return False
-            (self._folder / SOCKET).unlink(missing_ok=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
             return True
 
     def _attend(self, connection: socket.socket) -> None:
@@ -96,16 +104,21 @@ class Node:
             self._alone_since = time.monotonic()
 
     def _host(self, connection: socket.socket, hello: dict[str, Any], lines: Any) -> None:
-        worker, directory = hello["worker"], Path(hello["directory"])
+        worker, directory, site = hello["worker"], Path(hello["directory"]), self._site(hello)
+        if site is not None:
+            directory = site.directory
         worker_directory(directory, worker).mkdir(parents=True, mode=0o700, exist_ok=True)
         slot = machine.inspect({"CUDA_VISIBLE_DEVICES": hello["visible"]}).gpus
-        agent = Agent(worker, directory, hello["socket"], [slot], nursery=self._nursery)
+        agent = Agent(worker, directory, hello["socket"], [slot], nursery=self._nursery, site=site)
 
         def hear() -> None:
             with contextlib.suppress(OSError, ValueError):
                 for line in lines:
-                    if json.loads(line).get("stop"):
+                    said = json.loads(line)
+                    if "stop" in said:
                         agent.stop()
+                    elif site is not None:
+                        site.announce(said["address"])
             agent.abandon()
 
         threading.Thread(target=hear, daemon=True, name=f"{worker} actor").start()
@@ -113,12 +126,33 @@ class Node:
         connection.sendall(json.dumps({"trouble": None if well else agent.trouble}).encode() + b"\n")
         connection.shutdown(socket.SHUT_RDWR)
 
+    def _site(self, hello: dict[str, Any]) -> Scratch | None:
+        """Where trials run; None: the sweep's directory is to be seen here."""
+        if hello["address"] is None or _sees(Path(hello["directory"]), json.loads(hello["address"])):
+            return None
+        with self._lock:
+            if self._scratch is None:
+                self._scratch = Scratch(self._folder / "scratch")
+                log.info(
+                    "%s is not to be seen here: trials run in %s", hello["directory"], self._scratch.directory
+                )
+            self._scratch.announce(hello["address"])
+            return self._scratch
+
     def _nursery(self, spec: str) -> Nursery:
         with self._lock:
             found = self._nurseries.get(spec)
             if found is None or found.failed is not None:
                 found = self._nurseries[spec] = _Shared(spec)
             return found
+
+
+def _sees(directory: Path, address: dict[str, Any]) -> bool:
+    """Whether a directory is that of the sweep whose coordinator listens at the address, or of a later one."""
+    found = address_of(directory)
+    if found is None or found.epoch != address["epoch"]:
+        return found is not None and found.epoch > address["epoch"]
+    return bool(found.token == address["token"])
 
 
 def main() -> None:

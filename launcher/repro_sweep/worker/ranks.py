@@ -24,6 +24,7 @@ from typing import Any
 
 from repro_sweep import protocol
 from repro_sweep.errors import SweepError
+from repro_sweep.exchange import LOG_NAME
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 
@@ -286,7 +287,7 @@ def environment(rank: int, shared: Mapping[str, Any]) -> dict[str, str]:
 
 def log_name(rank: int) -> str:
     """The file of a rank's output in the trial's directory."""
-    return f"trial.rank{rank}.log" if rank else "trial.log"
+    return f"trial.rank{rank}.log" if rank else LOG_NAME
 
 
 def alone(spec: SweepSpec) -> SweepSpec:

@@ -11,6 +11,7 @@ Only the standard library is imported here: that is what the start of an actor c
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -24,7 +25,8 @@ from typing import Any
 
 from repro_sweep import host
 
-SOCKET, LOCK = "node.sock", "node.lock"
+LOCK = "lock"
+_SOCKET = "node.sock"
 _LONGEST_FOLDER = 60  # a socket's path has 108 bytes at most
 _BACKLOG = 1024
 _GOODBYE_S = 2.0
@@ -38,17 +40,25 @@ class RayWorker:
         sweep_id: the sweep's.
         directory: the sweep's, on the coordinator's machine.
         socket_path: where the coordinator listens on this machine; None: over TCP.
+        address: the text of its ``coordinator.json``; None: on this machine.
         gpus: whether the slot has any.
     """
 
     def __init__(
-        self, worker: str, sweep_id: str, directory: str, socket_path: str | None, *, gpus: bool
+        self,
+        worker: str,
+        sweep_id: str,
+        directory: str,
+        socket_path: str | None,
+        address: str | None,
+        *,
+        gpus: bool,
     ) -> None:
         self._node = _connect(_folder(sweep_id), Path(directory, "workers", worker))
         self._over = threading.Event()
         self._result: dict[str, Any] = {}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpus else ""
-        self._say(worker=worker, directory=directory, socket=socket_path, visible=visible)
+        self._say(worker=worker, directory=directory, socket=socket_path, address=address, visible=visible)
         threading.Thread(target=self._hear, name="node", daemon=True).start()
 
     def where(self) -> str:
@@ -68,6 +78,10 @@ class RayWorker:
         """Have the agent stop its trials and leave."""
         self._say(stop=True)
 
+    def announce(self, address: str) -> None:
+        """There is another coordinator."""
+        self._say(address=address)
+
     def _say(self, **message: object) -> None:
         self._node.sendall(json.dumps(message).encode() + b"\n")
 
@@ -86,20 +100,21 @@ def _folder(sweep_id: str) -> Path:
     """The private folder of the node's process."""
     temporary = tempfile.gettempdir()
     base = Path("/tmp" if len(temporary) > _LONGEST_FOLDER else temporary)  # noqa: S108  (only its owner may enter)
-    folder = base / f"repro-sweep-{os.getuid()}" / f"{sweep_id}-{os.getppid()}"
+    name = f"{sweep_id} {host.name()} {os.getppid()}"
+    folder = base / f"repro-sweep-{os.getuid()}" / hashlib.sha256(name.encode()).hexdigest()[:16]
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     found = folder.parent.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
         raise PermissionError(f"{folder.parent} must be a folder of this user that nobody else may enter")
-    folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
 def _connect(folder: Path, logs: Path) -> socket.socket:
     """A connection to the node's process, which is started where there is none, with its log in the worker's folder."""
-    path = folder / SOCKET
-    with (folder / LOCK).open("w") as lock:
+    path = folder / _SOCKET
+    with (folder.parent / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the process doesn't leave while somebody comes
+        folder.mkdir(mode=0o700, exist_ok=True)
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.connect(str(path))
