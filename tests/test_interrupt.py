@@ -251,6 +251,26 @@ def test_trials_of_a_killed_worker_are_run_again_by_another_and_those_of_a_kille
     assert lost == {FailureKind.NODE_LOST: 4}
 
 
+def test_without_a_coordinator_workers_leave_when_their_trials_are_over_and_the_results_wait(
+    make_project: MakeProject,
+) -> None:
+    project = make_project(FILES)
+    with project.start(*SIX, "sweep.orphan_timeout_min=0.05") as command:
+        until_started(command, project, 2)
+        os.kill(command.process.pid, signal.SIGKILL)
+        command.wait()
+    (agent,) = project.processes_of(AGENT)
+    eventually(lambda: "no coordinator" in worker_log(project), "it looks for the next one")
+    assert list(project.processes_of(AGENT)) == [agent]
+    gate(project).touch()
+    eventually(lambda: not project.processes_of(AGENT), "it has nothing more to do")
+    assert ended(project) == {"0": 1, "1": 1}
+    resumed = project.run("resume", "default")
+    assert resumed.returncode == 0, resumed.stderr
+    assert project.sweep("default").states() == {TrialState.COMPLETE: 6}
+    assert set(started(project).values()) == {1}
+
+
 def test_sigterm_stops_a_sweep_at_once_and_leaves_nothing(make_project: MakeProject) -> None:
     """As a batch system ends a job; its trials wait for the next start."""
     project = make_project(FILES)
@@ -260,6 +280,12 @@ def test_sigterm_stops_a_sweep_at_once_and_leaves_nothing(make_project: MakeProj
         assert command.wait() == 130, command.stderr
     assert project.processes() == {}
     assert project.sweep("default").states() == {TrialState.WAITING: 6}
+
+
+def worker_log(project: Project) -> str:
+    """What the sweep's only worker has noted."""
+    (path,) = project.root.glob("multirun/default/workers/*/worker.log")
+    return path.read_text()
 
 
 def trials_of(zygote: int) -> set[int]:

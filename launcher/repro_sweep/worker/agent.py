@@ -84,6 +84,7 @@ class Agent:
         self._spec_text = ""
         self._running: dict[str, Run] = {}
         self._claimed: set[str] = set()
+        self._undelivered: set[str] = set()
         self._idle: set[int] = set()
         self._outbox = Outbox()
         self._stopping = threading.Event()
@@ -194,7 +195,8 @@ class Agent:
                 self._stopping.set()
         if self._link.lost_for_s:
             self._outbox.excuse()
-        if not self._running and self._link.lost_for_s > 60 * self._spec.limits.orphan_timeout_min:
+        at_work = len(self._running) - len(self._undelivered)
+        if not at_work and self._link.lost_for_s > 60 * self._spec.limits.orphan_timeout_min:
             log.warning("no coordinator for %g min: leaving", self._spec.limits.orphan_timeout_min)
             self._stopping.set()
 
@@ -287,7 +289,7 @@ class Agent:
                     if claimed.assignment is not None:
                         finished = self._run(claimed.assignment)
                         if self._abandoned:
-                            self._running.pop(finished.attempt)
+                            self._forget(finished.attempt)
                             return
                     elif claimed.over and self._all_idle(slot):
                         return
@@ -296,7 +298,7 @@ class Agent:
                     self._delivered(finished)
         except CoordinatorLostError:
             if finished is not None:
-                self._running.pop(finished.attempt, None)  # its result is on disk
+                self._forget(finished.attempt)  # its result is on disk
         except Exception as error:
             log.exception("slot %d", slot)
             self._fail(f"slot {slot}: {error!r}")
@@ -355,6 +357,7 @@ class Agent:
             trouble = f"trial {assignment.trial}: {result.get('message')}: this worker leaves"
             log.error("%s", trouble)
             self._fail(trouble)
+        self._undelivered.add(assignment.attempt)
         return protocol.Finish(
             worker=self._worker,
             attempt=assignment.attempt,
@@ -365,9 +368,13 @@ class Agent:
 
     def _delivered(self, finished: protocol.Finish | None) -> None:
         if finished is not None:
-            run = self._running.pop(finished.attempt)
+            run = self._forget(finished.attempt)
             if run.reported:
                 spool.drop_reports(run.directory, finished.attempt)
+
+    def _forget(self, attempt: str) -> Run:
+        self._undelivered.discard(attempt)
+        return self._running.pop(attempt)
 
 
 def main() -> None:
