@@ -256,6 +256,29 @@ def test_four_trials_share_one_gpu(place: Place) -> None:
     assert starts[4] > starts[3]
 
 
+def test_actors_wait_for_nodes_that_are_added_on_demand(place: Place) -> None:
+    options = (
+        "sweep.resources.gpus_per_trial=1",
+        "sweep.executor.workers=3",
+        "sweep.executor.autoscaling=true",
+    )
+    with place.project.start("+sweep=grid", "x=range(3)", *options, env=place.env) as running:
+        running.until(lambda: len(place.workers()) == 3, "all actors that are wanted are asked for")
+        place.cluster.add_node("g", "--num-gpus=1", env={"NODE": "g", "CUDA_VISIBLE_DEVICES": "0"})
+        try:
+            assert running.wait() == 0, running.stderr
+        finally:
+            place.cluster.stop_node("g")
+    assert place.states() == {COMPLETE: 3}
+    assert place.nodes() == {"g"}
+
+
+def test_trials_have_the_variables_of_the_users_runtime_env(place: Place) -> None:
+    place.run("+sweep=grid", "x=1,2", "+sweep.executor.runtime_env={env_vars: {NODE: mine}}")
+    assert place.states() == {COMPLETE: 2}
+    assert place.nodes() == {"mine"}
+
+
 # --- what cannot be ----------------------------------------------------------------------------------------------
 
 
@@ -283,8 +306,13 @@ def test_a_wrong_token_is_said_in_one_line(place: Place) -> None:
             "sweep.resources.gpus_per_trial=2",
             (
                 "sweep/executor=ray: no node can hold a trial, which needs 1 CPUs, 2 GPUs (sweep.resources,"
-                " sweep.executor.resources); the most that any of 3 nodes has is 2 CPUs, 0 GPUs"
+                " sweep.executor.resources); the most that any of 3 nodes has is 2 CPUs, 0 GPUs;"
+                " where nodes are added on demand, set sweep.executor.autoscaling=true"
             ),
+        ),
+        (
+            "sweep.executor.autoscaling=true",
+            "sweep.executor.autoscaling: needs sweep.executor.workers, the most actors to ask for",
         ),
         ("sweep.executor.workers=0", "sweep.executor.workers: must be at least 1, got 0"),
         ("+sweep.executor.resources.CPU=2", "sweep.executor.resources.CPU: set sweep.resources instead"),

@@ -65,12 +65,14 @@ class Options:
     ``address``: a cluster's, as ``ray.init`` takes it; null: RAY_ADDRESS, else a Ray is started on this machine, and
     stopped afterwards. ``workers``: the most actors at a time, with a slot each; null: as many as the cluster can hold.
     An actor asks for what one trial needs (``sweep.resources``), and for the custom ``resources``.
+    ``autoscaling``: nodes may be added, so one that can hold an actor need not be there yet.
     ``scheduling_strategy``: SPREAD, DEFAULT (null), or a node's id. ``runtime_env``: Ray's, for the workers.
     ``host``: the name or address at which the workers reach this machine; null: its own.
     """
 
     address: str | None = "${oc.env:RAY_ADDRESS,null}"
     workers: int | None = None
+    autoscaling: bool = False
     resources: dict[str, float] = field(default_factory=dict)
     scheduling_strategy: str | None = None
     runtime_env: dict[str, Any] = field(default_factory=dict)
@@ -130,7 +132,12 @@ class RayExecutor(Executor):
             nodes = found
         if any(fitting(node, self._need) for node in nodes):
             return Outlook()
-        return Outlook(problems=(f"sweep/executor=ray: {self._no_room(nodes)}",))
+        no_room = f"sweep/executor=ray: {self._no_room(nodes)}"
+        if self._options.autoscaling:
+            return Outlook(notes=(f"{no_room}; it waits for a node that can",))
+        return Outlook(
+            problems=(f"{no_room}; where nodes are added on demand, set {_WHERE}.autoscaling=true",)
+        )
 
     def wanted(self, trials: int) -> int:
         """As many as the cluster can hold now, or ``workers``; one at least, to ask for more."""
@@ -396,6 +403,8 @@ def _check(options: Options) -> None:
             raise SweepError(f"{_WHERE}.resources.{key}: set sweep.resources instead")
         if not value > 0:
             raise SweepError(f"{_WHERE}.resources.{key}: must be greater than 0, got {value}")
+    if options.autoscaling and options.workers is None:
+        raise SweepError(f"{_WHERE}.autoscaling: needs {_WHERE}.workers, the most actors to ask for")
     if options.runtime_env and options.address is None:
         raise SweepError(
             f"{_WHERE}.runtime_env: needs {_WHERE}.address: a Ray of this machine has its environment"

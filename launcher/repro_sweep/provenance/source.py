@@ -107,27 +107,28 @@ def pack(spec: SweepSpec) -> str | None:
     archive = Path(spec.directory) / ARCHIVE_NAME
     archive.unlink(missing_ok=True)
     roots = _roots(spec)
+    members: dict[str, Path] = {}
+    for number, root in enumerate(roots):
+        files = _files(root)
+        if files is None:
+            return f"{root} has too many folders to look into"
+        members |= {f"{number}/{file.relative_to(root)}": file for file in files if _travels(file, spec)}
+    if sum(file.stat().st_size for file in members.values()) > _LARGEST_MB * 1e6:
+        return f"the files of the project take more than {_LARGEST_MB} MB"
     partial = archive.with_name(f".{ARCHIVE_NAME}.partial")
-    size = 0
     with tarfile.open(partial, "w:gz", compresslevel=1, dereference=True) as tar:
-        for number, root in enumerate(roots):
-            files = _files(root)
-            if files is None:
-                return f"{root} has too many folders to look into"
-            for file in files:
-                bytes_ = file.stat().st_size
-                if bytes_ > _LARGEST_FILE_MB * 1e6 or Path(spec.directory) in file.parents:
-                    continue
-                size += bytes_
-                if size > _LARGEST_MB * 1e6:
-                    return f"the files of the project take more than {_LARGEST_MB} MB"
-                tar.add(file, f"{number}/{file.relative_to(root)}", recursive=False)
+        for name, file in members.items():
+            tar.add(file, name, recursive=False)
         text = json.dumps([str(root) for root in roots]).encode()
         about = tarfile.TarInfo(_ROOTS_NAME)
         about.size = len(text)
         tar.addfile(about, io.BytesIO(text))
     partial.replace(archive)
     return None
+
+
+def _travels(file: Path, spec: SweepSpec) -> bool:
+    return file.stat().st_size <= _LARGEST_FILE_MB * 1e6 and Path(spec.directory) not in file.parents
 
 
 def unpack(archive: Path, folder: Path) -> None:

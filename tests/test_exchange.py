@@ -1,0 +1,220 @@
+"""What goes to machines that do not see the sweep's directory, and what comes back: source, files, checkpoints."""
+
+from __future__ import annotations
+
+import base64
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers import a_spec
+from pydantic import ValidationError
+
+from repro_sweep import exchange
+from repro_sweep.errors import UnwritableError
+from repro_sweep.protocol import Piece
+from repro_sweep.provenance import source
+from repro_sweep.sweep import Composition, SweepSpec, TaskSpec
+from repro_sweep.worker.checkpoints import CheckpointError, Checkpoints, signature
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    """Write files by their path below a folder."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def below(folder: Path) -> dict[str, str]:
+    """The files below a folder and what they hold."""
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- source ------------------------------------------------------------------------------------------------------
+
+
+def spec_of(project: Path, *, search: tuple[str, ...] = (), sys_path: tuple[str, ...] = ()) -> SweepSpec:
+    """The record of a sweep of a project."""
+    directory = project / "multirun/grid"
+    directory.mkdir(parents=True)
+    composition = Composition(
+        config_name="config", search_path=tuple(("main", path) for path in search), hydra_overrides=(),
+        job_name="app", version_base=None,
+    )  # fmt: skip
+    task = TaskSpec(module="tasks", qualname="train", cwd=str(project), sys_path=sys_path)
+    return a_spec(directory, task=task, composition=composition)
+
+
+def moved(spec: SweepSpec, folder: Path) -> SweepSpec:
+    """Pack a sweep's source and unpack it elsewhere."""
+    assert source.pack(spec) is None
+    source.unpack(Path(spec.directory) / exchange.ARCHIVE_NAME, folder)
+    return source.relocated(spec, folder, folder / "sweep")
+
+
+def test_the_projects_own_files_travel_and_nothing_else(tmp_path: Path) -> None:
+    project = write(tmp_path / "project", {
+        "tasks.py": "a", "conf/config.yaml": "b", "data/words.txt": "c", ".venv/pyvenv.cfg": "", ".venv/x.py": "",
+        "env/pyvenv.cfg": "", "env/y.py": "", "multirun/old/trials/0/trial.log": "", "__pycache__/t.pyc": "",
+    })  # fmt: skip
+    (project / "huge").write_bytes(bytes(51_000_000))
+    spec = spec_of(project, search=(f"file://{project}/conf", "pkg://hydra.conf"))
+    here = moved(spec, tmp_path / "there")
+    root = tmp_path / "there/0"
+    assert below(root) == {"tasks.py": "a", "conf/config.yaml": "b", "data/words.txt": "c"}
+    assert here.task.cwd == str(root)
+    assert here.composition.search_path == (("main", f"file://{root}/conf"), ("main", "pkg://hydra.conf"))
+    assert here.directory == str(tmp_path / "there/sweep")
+    assert here.model_copy(update={
+        "task": spec.task, "composition": spec.composition, "directory": spec.directory
+    }) == spec  # fmt: skip
+
+
+def test_in_a_repository_what_git_ignores_stays(tmp_path: Path) -> None:
+    project = write(
+        tmp_path / "project", {"tasks.py": "a", "new.py": "b", ".gitignore": "*.bin", "x.bin": "c"}
+    )
+    for command in (["init", "-q"], ["add", "tasks.py"]):
+        subprocess.run(["git", "-C", project, *command], check=True)
+    moved(spec_of(project), tmp_path / "there")
+    assert below(tmp_path / "there/0") == {"tasks.py": "a", "new.py": "b", ".gitignore": "*.bin"}
+
+
+def test_folders_on_the_path_travel_once_but_the_interpreters_do_not(tmp_path: Path) -> None:
+    project = write(tmp_path / "project", {"src/tasks.py": "a"})
+    shared = write(tmp_path / "shared", {"common.py": "b"})
+    installed = str(Path(pytest.__file__).parent)
+    sys_path = (str(project / "src"), str(shared), installed, "relative")
+    here = moved(spec_of(project, sys_path=sys_path, search=(str(shared),)), tmp_path / "there")
+    assert below(tmp_path / "there") == {
+        "0/src/tasks.py": "a", "1/common.py": "b", "roots.json": f'["{project}", "{shared}"]',
+    }  # fmt: skip
+    there = tmp_path / "there"
+    assert here.task.sys_path == (f"{there}/0/src", f"{there}/1", installed, "relative")
+    assert here.composition.search_path == (("main", f"{there}/1"),)
+
+
+def test_what_is_too_large_is_said_and_no_archive_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_LARGEST_MB", 0.001)
+    spec = spec_of(write(tmp_path / "project", {"tasks.py": "a" * 2000}))
+    assert source.pack(spec) == "the files of the project take more than 0.001 MB"
+    assert list(Path(spec.directory).iterdir()) == []
+    assert "the source cannot be had" in (exchange.source_at(Path(spec.directory), 0).error or "")
+
+
+def test_the_archive_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "PIECE_BYTES", 4)
+    (tmp_path / exchange.ARCHIVE_NAME).write_bytes(b"0123456789")
+    pieces = [exchange.source_at(tmp_path, offset) for offset in (0, 4, 8)]
+    assert [base64.b64decode(piece.data) for piece in pieces] == [b"0123", b"4567", b"89"]
+    assert {piece.size for piece in pieces} == {10}
+
+
+# --- files of trials ---------------------------------------------------------------------------------------------
+
+
+def piece(path: str, offset: int, data: str, *, grows: bool = False, last: bool = False) -> Piece:
+    """A piece of a file."""
+    text = base64.b64encode(data.encode()).decode()
+    return Piece(attempt="a", path=path, offset=offset, data=text, grows=grows, last=last)
+
+
+def test_a_file_appears_when_it_is_whole_and_pieces_may_come_twice(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/x").write_text("of an earlier attempt, and longer")
+    for each in (piece("sub/x", 0, "ab"), piece("sub/x", 0, "ab"), piece("sub/x", 2, "cd")):
+        exchange.put(tmp_path, each)
+        assert (tmp_path / "sub/x").read_text().startswith("of an earlier")
+    for _ in range(2):
+        exchange.put(tmp_path, piece("sub/x", 4, "e", last=True))
+        assert (tmp_path / "sub/x").read_text()[-1] == "e"
+    assert not list(tmp_path.rglob(".x.partial"))
+
+
+def test_a_log_grows_behind_what_earlier_attempts_have_left(tmp_path: Path) -> None:
+    assert exchange.log_size(tmp_path) == 0
+    (tmp_path / "trial.log").write_text("old\n")
+    base = exchange.log_size(tmp_path)
+    for offset, text in ((0, "one\n"), (0, "one\n"), (4, "two\n")):
+        exchange.put(tmp_path, piece("trial.log", base + offset, text, grows=True))
+    assert (tmp_path / "trial.log").read_text() == "old\none\ntwo\n"
+
+
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../../x", "..", "a\0b"])
+def test_no_piece_goes_outside_of_its_trials_directory(path: str) -> None:
+    with pytest.raises(ValidationError, match="below the trial's directory"):
+        piece(path, 0, "x")
+
+
+def test_a_piece_that_cannot_be_written_is_for_later(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("a file where a folder must be")
+    with pytest.raises(UnwritableError, match="x/y cannot be written"):
+        exchange.put(tmp_path, piece("x/y", 0, "z"))
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def copies(tmp_path: Path, attempt: str = "a") -> Checkpoints:
+    """The copies of a trial's checkpoints."""
+    return Checkpoints(f"file://{tmp_path}/kept", "sweep", 3, attempt)
+
+
+def test_the_newest_whole_copy_comes_back_elsewhere_and_older_ones_go(tmp_path: Path) -> None:
+    there = write(tmp_path / "there", {"model": "1", "opt/state": "1"})
+    first = copies(tmp_path)
+    assert first.save(there)
+    write(there, {"model": "2"})
+    (there / "opt/state").unlink()
+    assert first.save(there)
+    copies(tmp_path, "b").restore(tmp_path / "back")
+    assert below(tmp_path / "back") == {"model": "2"}
+    assert len([path for path in (tmp_path / "kept/sweep/3").iterdir() if path.is_dir()]) == 1
+
+
+def test_without_a_copy_a_trial_starts_anew(tmp_path: Path) -> None:
+    copies(tmp_path).restore(tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_copy_of_files_that_change_meanwhile_does_not_count(tmp_path: Path) -> None:
+    there = write(tmp_path / "there", {"model": "1"})
+    saver = copies(tmp_path)
+    assert saver.save(there)
+    real = saver._fs.put_file
+
+    def put_file(local: str, remote: str) -> None:
+        real(local, remote)
+        write(there, {"model": "longer"})
+
+    saver._fs.put_file = put_file
+    try:
+        assert not saver.save(there)
+    finally:
+        saver._fs.put_file = real
+    copies(tmp_path, "b").restore(tmp_path / "back")
+    assert below(tmp_path / "back") == {"model": "1"}
+
+
+def test_a_copy_that_cannot_be_had_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+    there = write(tmp_path / "there", {"model": "1"})
+    assert copies(tmp_path).save(there)
+    (found,) = (tmp_path / "kept").rglob("model")
+    found.unlink()
+    with pytest.raises(CheckpointError, match=r"its checkpoint at .* cannot be had"):
+        copies(tmp_path, "b").restore(tmp_path / "back")
+
+
+def test_a_place_that_cannot_be_written_costs_no_trial(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("no folder")
+    assert not copies(tmp_path).save(write(tmp_path / "there", {"model": "1"}))
+
+
+def test_a_signature_tells_any_change(tmp_path: Path) -> None:
+    assert signature(tmp_path / "none") == frozenset()
+    empty = signature(write(tmp_path / "there", {"a": ""}))
+    assert signature(write(tmp_path / "there", {"a": "x"})) != empty
