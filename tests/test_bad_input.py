@@ -184,6 +184,9 @@ CASES = {
     "no time for a trial": Bad((GOOD, "sweep.trial_timeout_min=0"), ("sweep.trial_timeout_min", "0")),
     "negative time for a report": Bad((GOOD, "sweep.stall_timeout_min=-1"), ("sweep.stall_timeout_min", "-1")),
     "no time for orphans": Bad((GOOD, "sweep.orphan_timeout_min=0"), ("sweep.orphan_timeout_min", "0")),
+    "checkpoints nowhere": Bad(
+        (GOOD, "sweep.checkpoint_uri=nowhere://x"), ("sweep.checkpoint_uri", "nowhere", "Protocol not known")
+    ),
     "negative free space": Bad((GOOD, "sweep.min_free_mb=-1"), ("sweep.min_free_mb", "-1")),
     "time that is no number": Bad((GOOD, "sweep.trial_timeout_min=nan"), ("sweep.trial_timeout_min", "nan")),
     "single run": Bad((GOOD, "--run"), ("--run",)),

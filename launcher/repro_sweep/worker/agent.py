@@ -341,12 +341,13 @@ class Agent:
         return False
 
     def _run(self, assignment: protocol.Assignment) -> protocol.Finish:
-        run = self._running[assignment.attempt]
+        run, ended_at = self._running[assignment.attempt], 0.0
         if self._stopping.is_set():
             run.kill(FailureKind.CANCELLED)
         try:
             with self._site.visit(assignment, self._link, self._spec):
                 result = run.run()
+                ended_at = time.time()
         except CheckpointError as error:
             result = failure(FailureKind.NODE_LOST, str(error))
         except Exception as error:
@@ -361,7 +362,7 @@ class Agent:
         return protocol.Finish(
             worker=self._worker,
             attempt=assignment.attempt,
-            ended_at=time.time(),
+            ended_at=ended_at or time.time(),
             reports=self._outbox.take(assignment.attempt),
             **result,
         )

@@ -112,13 +112,9 @@ class Node:
         agent = Agent(worker, directory, hello["socket"], [slot], nursery=self._nursery, site=site)
 
         def hear() -> None:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError):
                 for line in lines:
-                    said = json.loads(line)
-                    if "stop" in said:
-                        agent.stop()
-                    elif site is not None:
-                        site.announce(said["address"])
+                    _obey(json.loads(line), agent, site)
             agent.abandon()
 
         threading.Thread(target=hear, daemon=True, name=f"{worker} actor").start()
@@ -145,6 +141,16 @@ class Node:
             if found is None or found.failed is not None:
                 found = self._nurseries[spec] = _Shared(spec)
             return found
+
+
+def _obey(said: dict[str, Any], agent: Agent, site: Scratch | None) -> None:
+    if "stop" in said:
+        agent.stop()
+    elif site is not None:
+        try:
+            site.announce(said["address"])
+        except OSError:
+            log.exception("the next coordinator's address cannot be noted")
 
 
 def _sees(directory: Path, address: dict[str, Any]) -> bool:

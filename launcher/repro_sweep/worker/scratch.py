@@ -40,12 +40,17 @@ class Scratch(Site):
         self.directory = folder
         """What stands in for the sweep's directory."""
         self._lock = threading.Lock()
+        self._announcing = threading.Lock()
+        self._address = ""
         self._settled: dict[str, str] = {}
         folder.mkdir(mode=0o700, exist_ok=True)
 
     def announce(self, address: str) -> None:
-        """Note where the coordinator listens: the text of its ``coordinator.json``."""
-        spool.write_file(self.directory / ADDRESS_NAME, address)
+        """Note where the coordinator listens: the text of its ``coordinator.json``. Each actor says it."""
+        with self._announcing:
+            if address != self._address:
+                spool.write_file(self.directory / ADDRESS_NAME, address)
+                self._address = address
 
     def settle(self, link: Link, spec: str) -> str:
         """Have the source here, and the record lead to it; see :meth:`Site.settle`."""
