@@ -15,7 +15,7 @@ from repro_sweep.states import FailureKind, TrialState
 
 COMPLETE = TrialState.COMPLETE
 FILES = {
-    "conf/config.yaml": "{x: 0, wait_s: 0.0, steps: 1, mlflow: false}",
+    "conf/config.yaml": "{x: 0, wait_s: 0.0, steps: 1, mlflow: false, package: null}",
     "conf/sweep/grid.yaml": """
         defaults: [base_sweep, sampler: grid, executor: ray, _self_]
         task: tasks.train
@@ -37,6 +37,9 @@ FILES = {
             print("words:", Path("words.txt").read_text())
             while (project / "held").exists():
                 time.sleep(0.05)
+            if cfg.package:
+                import importlib
+                print("package", importlib.import_module(cfg.package).__file__)
             if cfg.mlflow:
                 import mlflow
                 mlflow.log_metric("own", 1.0)
@@ -173,6 +176,13 @@ def test_a_lost_nodes_trials_go_on_from_their_checkpoints_if_these_are_kept_else
         assert attempts[1].startswith("node b")
         assert f"step {int(first)}\n" in attempts[1]
         assert attempts[1].endswith("step 39\n")
+
+
+def test_trials_have_the_packages_of_the_users_runtime_env(place: Place) -> None:
+    place.add_node("a")
+    place.run("+sweep=grid", "x=1", "package=cowsay", "+sweep.executor.runtime_env={uv: ['cowsay==6.1']}")
+    (line,) = [line for line in place.log(0).splitlines() if line.startswith("package")]
+    assert f"{place.cluster.folder}/session" in line
 
 
 def test_workers_outlive_their_coordinator_and_hear_of_the_next_one(place: Place) -> None:
