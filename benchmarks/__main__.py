@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import asha, front_door, launching, quality, search_slots, slurm
+from benchmarks import asha, front_door, launching, quality, ray_sweeps, search_slots, slurm
 from benchmarks.harness import BenchmarkError
 from benchmarks.report import Table, markdown
 
@@ -30,11 +30,15 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "search_asha": asha.asha,
     "slurm_noop": slurm.noop,
     "slurm_slots": slurm.slots,
+    "ray_160": ray_sweeps.few,
+    "ray_1000": ray_sweeps.many,
+    "ray_noop": ray_sweeps.noop,
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "launching": ("startup", "compose", "noop", "sleep", "slow_server"),
     "search": ("search_slots", "search_handout", "search_quality", "search_asha"),
     "slurm": ("slurm_noop", "slurm_slots"),
+    "ray": ("ray_160", "ray_1000", "ray_noop"),
 }
 _PACKAGES = (
     "repro-sweep",

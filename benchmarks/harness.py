@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,9 @@ from benchmarks.spans import Span
 
 TIMEOUT_S = 900.0
 _POLL_S = 0.25
-_STAMPS = "BENCHMARK_STAMPS"
 _TASK = '''\
 """A benchmark's task: it notes its own start and end."""
 
-import os
 import time
 {imports}
 
@@ -34,7 +33,7 @@ import time
 def train(cfg):
     started = time.time()
     {body}
-    with open(os.environ["{stamps}"], "a") as file:
+    with open({stamps!r}, "a") as file:
         file.write(f"{{started}} {{time.time()}}\\n")
     return {{"value": float({value})}}
 '''
@@ -60,6 +59,11 @@ name: bench
 task: task.train
 metric: value
 params: {params}
+"""
+_STORE = """
+import sys
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+SqlAlchemyStore(*sys.argv[1:])
 """
 
 
@@ -110,17 +114,22 @@ class Project:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
+        self._stamps = folder / "stamps.txt"
         files = {f"conf/{name}.yaml": text for name, text in _CONF.items()}
         files["conf/config.yaml"] += conf
         files["conf/sweep/bench.yaml"] = _SWEEP.format(params=params, sampler=sampler)
-        files["task.py"] = _TASK.format(imports=imports, body=body, value=value, stamps=_STAMPS)
+        files["task.py"] = _TASK.format(imports=imports, body=body, value=value, stamps=str(self._stamps))
         files["app.py"] = _APP
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
-        self._stamps = folder / "stamps.txt"
-        self._env = {_STAMPS: str(self._stamps), **(env or {})}
+        self._env = dict(env or {})
         self._ledger = folder / "multirun/bench/ledger.db"
+
+    def make_store(self) -> None:
+        """Make the MLflow store, as `mlflow ui` and a project's first sweep do: that takes seconds."""
+        command = [sys.executable, "-W", "ignore", "-c", _STORE, "sqlite:///mlflow.db", "mlartifacts"]
+        run(command, self.folder)
 
     def peer(
         self,
@@ -152,6 +161,7 @@ class Project:
         upload: bool = True,
         only_start: bool = False,
         stamped: int | None = None,
+        watch: Callable[[int, int], None] | None = None,
     ) -> Times:
         """Run the sweep through our front door.
 
@@ -161,6 +171,7 @@ class Project:
             upload: wait until MLflow has everything; else interrupt that.
             only_start: interrupt as soon as a trial has started.
             stamped: how many run this time, where some have before.
+            watch: called with the command's process and the number of trials that are over, while it runs.
         """
         self._stamps.unlink(missing_ok=True)
         began, peak = time.time(), 0.0
@@ -168,8 +179,10 @@ class Project:
             while process.poll() is None:
                 if time.time() - began > TIMEOUT_S:
                     raise self._failed("not over in time")
-                peak = max(peak, _peak_rss_mb(process.pid))
+                peak = max(peak, memory_mb(process.pid, "VmHWM"))
                 begun, over = self._look()
+                if watch is not None:
+                    watch(process.pid, over)
                 if begun and (only_start or (over == trials and not upload)):
                     process.send_signal(signal.SIGINT)  # the first drains, later ones stop
                     time.sleep(2.0)
@@ -325,9 +338,27 @@ def _read_only(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10.0)
 
 
-def _peak_rss_mb(pid: int) -> float:
+def memory_mb(pid: int, figure: str = "VmRSS") -> float:
+    """The memory of a process, as the kernel names it in ``status``; 0 where there is no such process."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{figure}:"):
                 return int(line.split()[1]) / 1024
     return 0.0
+
+
+def child(pid: int, what: str) -> int | None:
+    """The child of a process whose command line contains ``what``."""
+    for each in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for found in each.read_text(encoding="utf-8").split():
+                if what.encode() in Path(f"/proc/{found}/cmdline").read_bytes():
+                    return int(found)
+    return None
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,7 +1,8 @@
-"""The peer of ``sleep``: Ray Tune with a function trainable. A script: ``ray_tune.py TRIALS SLOTS [--reuse]``."""
+"""The peer of ``sleep`` and of ``ray_*``: Ray Tune with a function trainable. A script: see ``--help``."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -11,8 +12,8 @@ from pathlib import Path
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS="0", RAY_DEDUP_LOGS="1")
 
 
-def main(trials: int, slots: int, *, reuse: bool) -> None:
-    """Run the project's task under Ray Tune, everything on the loopback interface and in a temporary folder."""
+def main(trials: int, slots: int, *, reuse: bool, address: str | None) -> None:
+    """Run the task under Ray Tune, its files in a temporary folder; on a Ray of its own, unless an address is given."""
     import ray
     from ray import tune
 
@@ -26,10 +27,13 @@ def main(trials: int, slots: int, *, reuse: bool) -> None:
         return train(types.SimpleNamespace(**config))
 
     with tempfile.TemporaryDirectory(prefix="ray-") as temporary:
-        ray.init(
-            num_cpus=slots, include_dashboard=False, _temp_dir=temporary, _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-        )  # fmt: skip
+        if address is None:
+            ray.init(
+                num_cpus=slots, include_dashboard=False, _temp_dir=temporary, _node_ip_address="127.0.0.1",
+                log_to_driver=False,
+            )  # fmt: skip
+        else:
+            ray.init(address, log_to_driver=False)
         try:
             results = tune.Tuner(
                 trainable,
@@ -44,4 +48,9 @@ def main(trials: int, slots: int, *, reuse: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), reuse="--reuse" in sys.argv)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("trials", type=int)
+    parser.add_argument("slots", type=int)
+    parser.add_argument("--reuse", action="store_true", help="reuse_actors")
+    parser.add_argument("--address", help="a Ray that runs")
+    main(**vars(parser.parse_args()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -72,7 +71,7 @@ def _kept(headers: object) -> dict[str, str]:
 def server(folder: Path, *, delay_s: float) -> Iterator[Slow]:
     """Start both, stop both."""
     folder.mkdir(parents=True)
-    port = _free_port()
+    port = harness.free_port()
     command = [
         sys.executable,
         "-m",
@@ -123,9 +122,3 @@ def _wait_until_up(process: subprocess.Popen[bytes], port: int, log: Path) -> No
         connection.close()
         time.sleep(0.2)
     raise harness.BenchmarkError(f"mlflow server did not start\n{log.read_text(errors='replace')[-3000:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

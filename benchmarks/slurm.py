@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +17,6 @@ from slurm.testbed import Cluster, Options, TestbedError
 PACKAGES = ("hydra-submitit-launcher==1.2.0", "hydra-core==1.3.2", "submitit==1.5.4", "omegaconf==2.3.1")
 _PEER = "hydra-submitit-launcher"
 _GPUS = 4
-_STORE = """
-import sys
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-SqlAlchemyStore(*sys.argv[1:])
-"""
-"""What `mlflow ui` does once in a project: it makes the tables, which takes longer than such a sweep."""
 _SLEEP_S = 0.1
 _LOOKS, _LOOK_S = 20, 2.0
 
@@ -120,8 +113,7 @@ def _cluster(folder: Path) -> Iterator[Cluster]:
 def _project(folder: Path, cluster: Cluster, trials: int, body: str = "pass") -> Project:
     env = {**cluster.exports(), "PATH": cluster.environment()["PATH"]}
     project = Project(folder / "project", params=f"{{x: range({trials})}}", body=body, env=env)
-    command = [sys.executable, "-W", "ignore", "-c", _STORE, "sqlite:///mlflow.db", "mlartifacts"]
-    harness.run(command, project.folder)
+    project.make_store()
     return project
 
 
