@@ -163,7 +163,7 @@ class _Session:
         self._interrupts = 0
         self._stopped = False
         self._tracker = TrackerProcess(
-            Path(self._spec.directory), lease.holder.epoch, yields=not executors.is_remote(self._spec)
+            Path(self._spec.directory), lease.holder.epoch, yields=executors.shares_machine(self._spec)
         )
         self._asker: AskingProcess | None = None
         if self._spec.search is not None or self._spec.pruner is not None:

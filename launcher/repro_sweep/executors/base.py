@@ -160,6 +160,11 @@ def is_remote(spec: SweepSpec) -> bool:
     return bool(remote(module.OPTIONS(**spec.executor)) if callable(remote) else remote)
 
 
+def shares_machine(spec: SweepSpec) -> bool:
+    """Whether trials may run on the coordinator's machine: they do, or their module says ``SHARES_MACHINE``."""
+    return not is_remote(spec) or bool(getattr(load(spec.executor_name), "SHARES_MACHINE", False))
+
+
 def ships_source(spec: SweepSpec) -> bool:
     """Whether the workers' machines may not see this one's files: their module's ``SHIPS_SOURCE``, as ``REMOTE``."""
     module = load(spec.executor_name)

@@ -421,5 +421,6 @@ _LOST = WorkerStatus(state=WorkerState.ENDED, detail="is gone", cause=Cause.LOST
 
 
 REMOTE = SHIPS_SOURCE = remote
+SHARES_MACHINE = True
 OPTIONS = Options
 EXECUTOR = RayExecutor
