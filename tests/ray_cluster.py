@@ -74,7 +74,8 @@ class RayCluster:
         self._last = 1
 
     def start_head(self, *options: str) -> None:
-        """The head, which takes no actors unless the options give it something."""
+        """The head, which takes no actors unless the options give it something; another one if the last is gone."""
+        (self.folder / "ray_current_cluster").unlink(missing_ok=True)  # nodes of the last one may still run
         self._start(
             "head", "--head", f"--port={self.port}", "--node-ip-address=127.0.0.1", f"--temp-dir={self.folder}",
             "--include-dashboard=false", *(options or ("--num-cpus=0",)),
