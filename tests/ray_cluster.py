@@ -9,15 +9,51 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
-from helpers import environment, eventually
+from helpers import Project, environment, eventually
 
+from repro_sweep.states import FailureKind, TrialState
 from slurm.testbed import processes
 from slurm.testbed.processes import Process
 
 _START_S = 120.0
 _RAY = str(Path(sys.executable).with_name("ray"))
+
+
+FILES = {
+    "conf/config.yaml": "{x: 0, wait_s: 0.0, steps: 1}",
+    "conf/sweep/grid.yaml": """
+        defaults: [base_sweep, sampler: grid, executor: ray, _self_]
+        task: tasks.train
+        metric: score
+        reuse: false
+        executor: {host: 127.0.0.1}
+    """,
+    "tasks.py": """
+        import os
+        import time
+
+        import repro_sweep
+
+        def train(cfg):
+            with open("ran", "a") as ran:
+                print(cfg.x, os.environ.get("NODE"), os.environ.get("CUDA_VISIBLE_DEVICES"), time.time(), file=ran)
+            kept = repro_sweep.checkpoint_dir() / "step"
+            first = int(kept.read_text()) if kept.exists() else 0
+            for step in range(first, cfg.steps):
+                if os.path.exists("enough"):
+                    break
+                time.sleep(cfg.wait_s)
+                new = kept.with_name(f"step-{os.getpid()}")
+                new.write_text(str(step + 1))
+                new.replace(kept)
+                repro_sweep.report(step, score=cfg.x)
+            return {"score": cfg.x, "first": first}
+    """,
+}
 
 
 class RayCluster:
@@ -38,7 +74,8 @@ class RayCluster:
         self._last = 1
 
     def start_head(self, *options: str) -> None:
-        """The head, which takes no actors unless the options give it something."""
+        """The head, which takes no actors unless the options give it something; another one if the last is gone."""
+        (self.folder / "ray_current_cluster").unlink(missing_ok=True)  # nodes of the last one may still run
         self._start(
             "head", "--head", f"--port={self.port}", "--node-ip-address=127.0.0.1", f"--temp-dir={self.folder}",
             "--include-dashboard=false", *(options or ("--num-cpus=0",)),
@@ -115,6 +152,45 @@ class RayCluster:
             return "Ray runtime started" in said
 
         eventually(started, f"node {name} starts", _START_S)
+
+
+class Place:
+    """A project whose sweeps run on the cluster."""
+
+    def __init__(self, project: Project, cluster: RayCluster) -> None:
+        self.project, self.cluster, self.env = project, cluster, cluster.env
+
+    def run(self, *arguments: str, env: Mapping[str, str] | None = None, status: int = 0) -> str:
+        """Run the command to its end; returns what it said."""
+        done = self.project.run(*arguments, env={**self.env, **(env or {})})
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    def ran(self) -> list[list[str]]:
+        """Of each execution: the trial's x, the node, what CUDA_VISIBLE_DEVICES was, and when."""
+        path = self.project.root / "ran"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def executed(self) -> Counter[str]:
+        """How often each trial was executed, by its x."""
+        return Counter(line[0] for line in self.ran())
+
+    def nodes(self) -> set[str]:
+        """Where trials were executed."""
+        return {line[1] for line in self.ran()}
+
+    def states(self, name: str = "grid") -> Counter[TrialState]:
+        """How many trials are in each state."""
+        return self.project.sweep(name).states()
+
+    def kinds(self) -> Counter[FailureKind]:
+        """How often attempts have failed as each kind."""
+        return Counter(each.kind for each in self.project.sweep("grid").attempts if each.kind is not None)
+
+    def workers(self) -> list[str]:
+        """All workers that the sweep ever had."""
+        return [path.name for path in (self.project.root / "multirun/grid/workers").glob("ray-*")]
 
 
 def _free_port() -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import MakeProject, Project, eventually
-from ray_cluster import RayCluster
+from helpers import MakeProject, eventually
+from ray_cluster import FILES, Place, RayCluster
 
 from repro_sweep.errors import SweepError
 from repro_sweep.executors import ray as ray_executor
@@ -24,37 +23,6 @@ from repro_sweep.testing.executors import ExecutorConformance, sweep
 COMPLETE = TrialState.COMPLETE
 DRIVER = "repro_sweep.ray_driver"
 ACTOR = "ray::RayWorker"
-FILES = {
-    "conf/config.yaml": "{x: 0, wait_s: 0.0, steps: 1}",
-    "conf/sweep/grid.yaml": """
-        defaults: [base_sweep, sampler: grid, executor: ray, _self_]
-        task: tasks.train
-        metric: score
-        reuse: false
-        executor: {host: 127.0.0.1}
-    """,
-    "tasks.py": """
-        import os
-        import time
-
-        import repro_sweep
-
-        def train(cfg):
-            with open("ran", "a") as ran:
-                print(cfg.x, os.environ.get("NODE"), os.environ.get("CUDA_VISIBLE_DEVICES"), time.time(), file=ran)
-            kept = repro_sweep.checkpoint_dir() / "step"
-            first = int(kept.read_text()) if kept.exists() else 0
-            for step in range(first, cfg.steps):
-                if os.path.exists("enough"):
-                    break
-                time.sleep(cfg.wait_s)
-                new = kept.with_name(f"step-{os.getpid()}")
-                new.write_text(str(step + 1))
-                new.replace(kept)
-                repro_sweep.report(step, score=cfg.x)
-            return {"score": cfg.x, "first": first}
-    """,
-}
 
 
 @pytest.fixture(scope="module")
@@ -68,45 +36,6 @@ def lasting() -> Iterator[RayCluster]:
         yield cluster
     finally:
         cluster.stop()
-
-
-class Place:
-    """A project whose sweeps run on the cluster."""
-
-    def __init__(self, project: Project, cluster: RayCluster) -> None:
-        self.project, self.cluster, self.env = project, cluster, cluster.env
-
-    def run(self, *arguments: str, env: Mapping[str, str] | None = None, status: int = 0) -> str:
-        """Run the command to its end; returns what it said."""
-        done = self.project.run(*arguments, env={**self.env, **(env or {})})
-        assert done.returncode == status, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stderr
-
-    def ran(self) -> list[list[str]]:
-        """Of each execution: the trial's x, the node, what CUDA_VISIBLE_DEVICES was, and when."""
-        path = self.project.root / "ran"
-        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-
-    def executed(self) -> Counter[str]:
-        """How often each trial was executed, by its x."""
-        return Counter(line[0] for line in self.ran())
-
-    def nodes(self) -> set[str]:
-        """Where trials were executed."""
-        return {line[1] for line in self.ran()}
-
-    def states(self, name: str = "grid") -> Counter[TrialState]:
-        """How many trials are in each state."""
-        return self.project.sweep(name).states()
-
-    def kinds(self) -> Counter[FailureKind]:
-        """How often attempts have failed as each kind."""
-        return Counter(each.kind for each in self.project.sweep("grid").attempts if each.kind is not None)
-
-    def workers(self) -> list[str]:
-        """All workers that the sweep ever had."""
-        return [path.name for path in (self.project.root / "multirun/grid/workers").glob("ray-*")]
 
 
 @pytest.fixture

@@ -405,6 +405,27 @@ def test_a_worker_that_dies_while_it_is_handed_a_trial_does_not_take_it_along(
     found.close()
 
 
+def test_a_claim_that_is_repeated_when_its_attempt_has_been_given_up_starts_nothing(
+    ledger: Ledger, spec: SweepSpec, tmp_path: Path
+) -> None:
+    """The worker was taken for lost before it heard of its trial, and has come back."""
+
+    async def worker(coordinator: Coordinator, executor: OneWorker) -> None:
+        again = protocol.Register(worker="w", host="h", pid=1, slots=1)
+        await coordinator.claim(claim("a"))
+        await coordinator.register(again)
+        assert await coordinator.claim(claim("a")) == protocol.Claimed()
+        for number in range(3):
+            assert (await coordinator.claim(claim(str(number)))).assignment is not None
+            await coordinator.finish(finish(str(number)))
+
+    coordinate(spec, ledger, worker)
+    found = Ledger.open(tmp_path, readonly=True)
+    assert found.counts()[TrialState.COMPLETE] == 3
+    assert sorted(each.id for each in found.attempts()) == ["0", "1", "2", "a"]
+    found.close()
+
+
 def test_a_worker_that_is_not_known_gets_no_trial_and_loses_none(ledger: Ledger, spec: SweepSpec) -> None:
     """Such as one that was silent for too long, and given up."""
 

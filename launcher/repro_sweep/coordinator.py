@@ -93,7 +93,7 @@ class Coordinator:
         self._lease = lease
         self._asker = asker
         self._changed = asyncio.Event()
-        self._starting: dict[str, tuple[int, asyncio.Task[protocol.Assignment | None]]] = {}
+        self._starting: dict[str, tuple[int, asyncio.Task[protocol.Claimed | None]]] = {}
         self._searching = False
         self._draining = False
         self._stopping = False
@@ -396,7 +396,7 @@ class Coordinator:
         deadline = time.monotonic() + wait_s
         while True:
             if message.attempt in self._starting:  # the same claim again, while the first is being committed
-                return protocol.Claimed(assignment=await asyncio.shield(self._starting[message.attempt][1]))
+                return await asyncio.shield(self._starting[message.attempt][1]) or protocol.Claimed()
             known = self._running.get(message.attempt)
             if known is not None:
                 return protocol.Claimed(assignment=known.assignment)
@@ -408,10 +408,10 @@ class Coordinator:
             if worker is not None and worker.slots and not self._searching and self._paused is None:
                 number = self._handout.take(worker.group(message.worker, message.slot))
                 if number is not None:
-                    assignment = await self._start(number, worker, message)
-                    if assignment is None:
+                    claimed = await self._start(number, worker, message)
+                    if claimed is None:
                         continue
-                    return protocol.Claimed(assignment=assignment)
+                    return claimed
             left = deadline - time.monotonic()
             if left <= 0:
                 return protocol.Claimed()
@@ -421,10 +421,13 @@ class Coordinator:
         """Whether a worker has the time for another trial; one that has run none gets it anyhow: no other has more."""
         return left_s is None or not worker.has_run or left_s >= self._tally.longest_s
 
-    async def _start(self, number: int, worker: _Worker, claim: protocol.Claim) -> protocol.Assignment | None:
-        """Commit that a trial is handed out. A task of its own: the claim may be given up meanwhile."""
+    async def _start(self, number: int, worker: _Worker, claim: protocol.Claim) -> protocol.Claimed | None:
+        """Commit that a trial is handed out; None: it is cancelled.
 
-        def forget(task: asyncio.Task[protocol.Assignment | None]) -> None:
+        A task of its own: the claim may be given up meanwhile.
+        """
+
+        def forget(task: asyncio.Task[protocol.Claimed | None]) -> None:
             self._starting.pop(claim.attempt, None)
             if not task.cancelled():
                 task.exception()  # whoever waits gets it; nobody may
@@ -436,12 +439,14 @@ class Coordinator:
 
     async def _commit_start(
         self, number: int, worker: _Worker, claim: protocol.Claim
-    ) -> protocol.Assignment | None:
+    ) -> protocol.Claimed | None:
         group = worker.group(claim.worker, claim.slot)
         alone = self._handout.is_alone(number)
         started_at = now()
 
-        def change(ledger: Ledger) -> protocol.Assignment | None:
+        def change(ledger: Ledger) -> protocol.Claimed | None:
+            if ledger.attempt(claim.attempt) is not None:  # given up before its worker heard of it
+                return protocol.Claimed()
             if ledger.trial(number).cancelled:  # just now
                 return None
             attempt = Attempt(
@@ -450,14 +455,21 @@ class Coordinator:
                 started_at=started_at, ended_at=None, code=self.spec.code,
             )  # fmt: skip
             ledger.start_attempt(attempt)
-            return self._assignment(ledger, attempt)
+            return protocol.Claimed(assignment=self._assignment(ledger, attempt))
 
-        try:
-            assignment = await self._write(change)
-        except BaseException:
+        def put_back() -> None:
             self._handout.release(group, number)
             self._handout.add(number, first=True, alone=alone)
+
+        try:
+            claimed = await self._write(change)
+        except BaseException:
+            put_back()
             raise
+        assignment = None if claimed is None else claimed.assignment
+        if claimed is not None and assignment is None:
+            put_back()
+            return claimed
         self._fresh.discard(number)
         if assignment is None:
             self._handout.release(group, number)
@@ -473,7 +485,7 @@ class Coordinator:
         self._measure()
         if self._workers.get(claim.worker) is not worker:
             await self._end_lost(claim.attempt, "its worker ended")
-        return assignment
+        return claimed
 
     def _assignment(self, ledger: Ledger, attempt: Attempt) -> protocol.Assignment:
         trial = ledger.trial(attempt.trial)

@@ -301,6 +301,7 @@ def main() -> None:
     with private_stdout(args.log) as out:
         try:
             _connect(order["address"], order["namespace"], order["local"])
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so is this, which all of a Ray job get
             actors = order["actors"]
             if "scheduling_strategy" in actors:
                 actors["scheduling_strategy"] = _strategy(actors["scheduling_strategy"])

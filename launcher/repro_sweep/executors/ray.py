@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ _ALL_SEEN_S = 5.0
 """Until then an earlier driver may still be starting what it was told to."""
 _LOST_S = 60.0
 """Workers of a Ray that cannot be reached for so long are counted on no more, unless they speak for themselves."""
-_GIVE_UP_S = 600.0
+_GIVE_UP_S = float(os.environ.get("REPRO_SWEEP_RAY_GIVE_UP_S", "600"))  # shorter in tests
 _GIB = 1024**3
 
 _LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -100,6 +100,7 @@ class RayExecutor(Executor):
         self._directory = Path(context.spec.directory)
         self._need = need(options, context)
         self._here = machine.inspect() if options.address is None else None
+        self._gone = _MISSING if self._here is None else _LOST
         self._lock = threading.Lock()
         self._known: dict[str, WorkerStatus] = dict.fromkeys(self._earlier(), ALIVE)
         self._ordered: set[str] = set()
@@ -311,13 +312,12 @@ class RayExecutor(Executor):
                     self._known[name] = found[name]
                 elif status.state not in GONE and (
                     name in self._seen or (name not in self._ordered and all_seen)
-                ):
-                    self._known[name] = _LOST
+                ):  # it has ended, or this is another cluster, while what is left of the last one goes on
+                    self._known[name] = self._gone
             self._known |= {name: status for name, status in found.items() if name not in self._known}
 
     def _lose(self, why: str) -> None:
-        away = WorkerStatus(state=WorkerState.MISSING, detail=f"is out of reach: {why}", cause=Cause.LOST)
-        gone = away if self._here is None else _LOST
+        gone = self._gone if self._here is not None else replace(self._gone, detail=f"is out of reach: {why}")
         with self._lock:
             self._known |= {
                 name: gone
@@ -418,6 +418,7 @@ def _status(said: Mapping[str, str]) -> WorkerStatus:
 
 
 _LOST = WorkerStatus(state=WorkerState.ENDED, detail="is gone", cause=Cause.LOST)
+_MISSING = replace(_LOST, state=WorkerState.MISSING)
 
 
 REMOTE = SHIPS_SOURCE = remote
