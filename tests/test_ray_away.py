@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import MakeProject, Project
-from ray_cluster import RayCluster
+from ray_cluster import Place, RayCluster
 
 from repro_sweep.states import FailureKind, TrialState
 
@@ -61,11 +61,11 @@ FILES = {
 }
 
 
-class Place:
+class Away(Place):
     """A project, and a cluster on whose nodes, but for those that are told, an empty folder is in its place."""
 
     def __init__(self, project: Project, cluster: RayCluster) -> None:
-        self.project, self.cluster = project, cluster
+        super().__init__(project, cluster)
         self.env = {**cluster.env, "PROJECT": str(project.root)}
 
     def add_node(self, name: str, *, sees: bool = False) -> None:
@@ -78,13 +78,6 @@ class Place:
         path = self.project.root / f"multirun/grid/trials/{trial}/trial.log"
         return path.read_text() if path.exists() else ""
 
-    def run(self, *arguments: str) -> str:
-        """Run the command to its end; returns what it said."""
-        done = self.project.run(*arguments, env=self.env)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stderr
-
     def first_steps(self) -> dict[int, float]:
         """At which step the last attempt of each trial began."""
         sweep = self.project.sweep("grid")
@@ -93,22 +86,22 @@ class Place:
 
 
 @pytest.fixture
-def place(make_project: MakeProject) -> Iterator[Place]:
+def place(make_project: MakeProject) -> Iterator[Away]:
     """A cluster without a node yet."""
     cluster = RayCluster()
     try:
         cluster.start_head()
-        yield Place(make_project(FILES), cluster)
+        yield Away(make_project(FILES), cluster)
     finally:
         cluster.stop()
 
 
-def in_its_middle(place: Place, trial: int) -> Callable[[], bool]:
+def in_its_middle(place: Away, trial: int) -> Callable[[], bool]:
     """Whether the log of a trial, as it has come back so far, says that it has made some steps."""
     return lambda: "step 12" in place.log(trial)
 
 
-def test_source_goes_there_and_logs_and_files_come_back(place: Place) -> None:
+def test_source_goes_there_and_logs_and_files_come_back(place: Away) -> None:
     place.add_node("a")
     place.run("+sweep=grid", "x=range(5)", "wait_s=0.1", "steps=3")
     sweep = place.project.sweep("grid")
@@ -134,7 +127,7 @@ def test_source_goes_there_and_logs_and_files_come_back(place: Place) -> None:
 
 
 def test_what_was_packed_at_the_start_runs_and_nodes_may_come_later_or_see_the_directory(
-    place: Place,
+    place: Away,
 ) -> None:
     place.add_node("a", sees=True)
     held = place.project.root / "held"
@@ -156,7 +149,7 @@ def test_what_was_packed_at_the_start_runs_and_nodes_may_come_later_or_see_the_d
 
 @pytest.mark.parametrize("kept", [True, False], ids=["with checkpoint_uri", "without"])
 def test_a_lost_nodes_trials_go_on_from_their_checkpoints_if_these_are_kept_elsewhere(
-    place: Place, tmp_path: Path, kept: bool
+    place: Away, tmp_path: Path, kept: bool
 ) -> None:
     place.add_node("a")
     options = [f"sweep.checkpoint_uri=file://{tmp_path}/kept"] if kept else []
@@ -178,14 +171,14 @@ def test_a_lost_nodes_trials_go_on_from_their_checkpoints_if_these_are_kept_else
         assert attempts[1].endswith("step 39\n")
 
 
-def test_trials_have_the_packages_of_the_users_runtime_env(place: Place) -> None:
+def test_trials_have_the_packages_of_the_users_runtime_env(place: Away) -> None:
     place.add_node("a")
     place.run("+sweep=grid", "x=1", "package=cowsay", "+sweep.executor.runtime_env={uv: ['cowsay==6.1']}")
     (line,) = [line for line in place.log(0).splitlines() if line.startswith("package")]
     assert f"{place.cluster.folder}/session" in line
 
 
-def test_workers_outlive_their_coordinator_and_hear_of_the_next_one(place: Place) -> None:
+def test_workers_outlive_their_coordinator_and_hear_of_the_next_one(place: Away) -> None:
     place.add_node("a")
     with place.project.start("+sweep=grid", "x=range(4)", "wait_s=0.3", "steps=25", env=place.env) as running:
         running.until(in_its_middle(place, 1), "a trial is in its middle")
@@ -197,7 +190,7 @@ def test_workers_outlive_their_coordinator_and_hear_of_the_next_one(place: Place
     assert place.log(1).splitlines()[-25:] == [f"step {step}" for step in range(25)]
 
 
-def test_mlflow_inside_of_a_trial_needs_a_store_that_can_be_reached(place: Place) -> None:
+def test_mlflow_inside_of_a_trial_needs_a_store_that_can_be_reached(place: Away) -> None:
     place.add_node("a")
     done = place.project.run("+sweep=grid", "x=1", "mlflow=true", env=place.env)
     assert done.returncode == 1
