@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RAY_TESTS := $(wildcard tests/test_ray*.py)
 SLURM_TESTS := $(wildcard tests/test_slurm*.py) tests/faults/test_slurm_coordinators.py
 
 .PHONY: sweep test slurm ray lint format bench faults clean
@@ -10,17 +11,18 @@ sweep: $(VENV)/.ready
 	$(BIN)/repro-sweep +sweep=optimizer_grid
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(SLURM_TESTS:%=--ignore=%) --ignore=tests/test_ray.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(SLURM_TESTS:%=--ignore=%) $(RAY_TESTS:%=--ignore=%)
 	$(MAKE) slurm
+	$(MAKE) ray
 
 # Sweeps on a real SLURM cluster, which is started for them. On a busy machine its daemons miss their own deadlines now
 # and then: a test that fails is run once more, and shown as rerun.
 slurm: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rfEsR $(SLURM_TESTS)
 
-# the same on a real Ray cluster
+# The same on a real Ray cluster.
 ray: $(VENV)/.ready
-	$(BIN)/python -m pytest --reruns 1 -rfEsR tests/test_ray.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rfEsR $(RAY_TESTS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import signal
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from helpers import Project, environment, eventually
+from helpers import TIMEOUT_S, Project, environment, eventually
 
 from repro_sweep.states import FailureKind, TrialState
 from slurm.testbed import processes
@@ -21,7 +22,8 @@ from slurm.testbed.processes import Process
 
 _START_S = 120.0
 _RAY = str(Path(sys.executable).with_name("ray"))
-
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+"""As in the environment that has been activated."""
 
 FILES = {
     "conf/config.yaml": "{x: 0, wait_s: 0.0, steps: 1}",
@@ -39,6 +41,7 @@ FILES = {
         import repro_sweep
 
         def train(cfg):
+            print("runs on node", os.environ.get("NODE"))
             with open("ran", "a") as ran:
                 print(cfg.x, os.environ.get("NODE"), os.environ.get("CUDA_VISIBLE_DEVICES"), time.time(), file=ran)
             kept = repro_sweep.checkpoint_dir() / "step"
@@ -57,11 +60,11 @@ FILES = {
 
 
 class RayCluster:
-    """Started when made; a folder of its own, loopback only, with a token."""
+    """A folder of its own, loopback only, with a token; ``env`` is for all of its processes and for commands."""
 
-    def __init__(self) -> None:
+    def __init__(self, **env: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # its sockets' paths must be short
-        self.port = _free_port()
+        self.port, self._dashboard = free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.env = {
             "RAY_AUTH_MODE": "token",
@@ -69,16 +72,22 @@ class RayCluster:
             "RAY_ADDRESS": self.address,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_worker_prestart": "0",
+            "PATH": PATH,
+            **env,
         }
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._last = 1
 
-    def start_head(self, *options: str) -> None:
-        """The head, which takes no actors unless the options give it something; another one if the last is gone."""
+    def start_head(self, *options: str, jobs: bool = False) -> None:
+        """The head, which takes no actors unless the options give it something; another one if the last is gone.
+
+        ``jobs``: it has a dashboard, where jobs can be submitted.
+        """
         (self.folder / "ray_current_cluster").unlink(missing_ok=True)  # nodes of the last one may still run
         self._start(
             "head", "--head", f"--port={self.port}", "--node-ip-address=127.0.0.1", f"--temp-dir={self.folder}",
-            "--include-dashboard=false", *(options or ("--num-cpus=0",)),
+            *(options or ("--num-cpus=0",)), f"--include-dashboard={str(jobs).lower()}", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self._dashboard}", "--dashboard-agent-listen-port=0",
         )  # fmt: skip
 
     def add_node(
@@ -95,6 +104,15 @@ class RayCluster:
             name, f"--address={self.address}", f"--node-ip-address=127.0.0.{self._last}",
             *(f"{key}={value}" for key, value in defaults if key not in given), *options, env=env, hidden=hidden,
         )  # fmt: skip
+
+    def ray(self, *arguments: str) -> str:
+        """Run ``ray`` to its end, from elsewhere; returns what it said."""
+        env = environment({**self.env, "RAY_ADDRESS": f"http://127.0.0.1:{self._dashboard}"})
+        done = subprocess.run(
+            [_RAY, *arguments], env=env, cwd=self.folder, timeout=TIMEOUT_S, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def pids(self, name: str, what: str = "") -> list[int]:
         """The processes of a node whose command lines contain something."""
@@ -193,7 +211,8 @@ class Place:
         return [path.name for path in (self.project.root / "multirun/grid/workers").glob("ray-*")]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody has now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
