@@ -8,21 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray_cluster
 from helpers import MakeProject, Project
 from ray_cluster import Place, RayCluster
 
 from repro_sweep.states import FailureKind, TrialState
 
 COMPLETE = TrialState.COMPLETE
-FILES = {
+FILES = ray_cluster.FILES | {
     "conf/config.yaml": "{x: 0, wait_s: 0.0, steps: 1, mlflow: false, package: null}",
-    "conf/sweep/grid.yaml": """
-        defaults: [base_sweep, sampler: grid, executor: ray, _self_]
-        task: tasks.train
-        metric: score
-        reuse: false
-        executor: {host: 127.0.0.1}
-    """,
     "words.txt": "as submitted",
     "tasks.py": """
         import os
