@@ -114,6 +114,10 @@ class Project:
                 continue
         return found
 
+    def until_all_have_ended(self) -> None:
+        """Wait until nothing runs; a tracker that imports MLflow sees only then that its coordinator is gone."""
+        eventually(lambda: not self.processes(), "all processes have ended")
+
     def processes_of(self, module: str) -> dict[int, str]:
         """Those of :meth:`processes` that run a module of ours and were not forked from another of them."""
         found = {pid: line for pid, line in self.processes().items() if f"-m {module}" in line}

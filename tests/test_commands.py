@@ -381,7 +381,7 @@ def test_a_killed_coordinators_sweep_is_resumed_and_no_trial_runs_twice(make_pro
         assert command.wait() == 0, command.stderr
     assert project.sweep("default").states() == {TrialState.COMPLETE: 6}
     assert started(project) == {str(x): 1 for x in range(6)}
-    assert project.processes() == {}
+    project.until_all_have_ended()
 
 
 def test_a_sweep_is_stopped_from_another_terminal_and_when_nobody_coordinates_it(

@@ -180,7 +180,7 @@ def test_trials_that_end_while_there_is_no_coordinator_are_complete_with_the_nex
     assert "Traceback" not in result.stderr
     assert_each_ran_once(project)
     assert list(results.glob("*/results/*.json")) == []
-    assert project.processes() == {}
+    project.until_all_have_ended()
 
 
 def test_trials_that_a_killed_coordinator_has_left_running_go_on_under_the_next(
@@ -199,7 +199,7 @@ def test_trials_that_a_killed_coordinator_has_left_running_go_on_under_the_next(
         assert command.wait() == 0, command.stderr
     assert_each_ran_once(project)
     assert len({attempt.worker for attempt in project.sweep("default").attempts}) == 1
-    assert project.processes() == {}
+    project.until_all_have_ended()
 
 
 def kill_coordinator(project: Project, *, trials: int) -> None:
