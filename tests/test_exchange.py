@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import a_spec
@@ -12,10 +13,12 @@ from pydantic import ValidationError
 
 from repro_sweep import exchange
 from repro_sweep.errors import UnwritableError
-from repro_sweep.protocol import Piece
+from repro_sweep.protocol import Assignment, Message, Piece
 from repro_sweep.provenance import source
 from repro_sweep.sweep import Composition, SweepSpec, TaskSpec
 from repro_sweep.worker.checkpoints import CheckpointError, Checkpoints, signature
+from repro_sweep.worker.link import Link
+from repro_sweep.worker.scratch import Scratch
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -154,6 +157,35 @@ def test_a_piece_that_cannot_be_written_is_for_later(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("a file where a folder must be")
     with pytest.raises(UnwritableError, match="x/y cannot be written"):
         exchange.put(tmp_path, piece("x/y", 0, "z"))
+
+
+class Accepting(Link):
+    """A link whose coordinator takes all pieces."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+
+    def post(self, path: str, message: Message, reply: type[Any]) -> Any:
+        """Note the piece; it has been made into JSON, as on its way."""
+        assert path == "/piece"
+        self.pieces.append(Piece.model_validate_json(message.model_dump_json()))
+        return reply()
+
+
+def test_a_file_that_cannot_be_sent_costs_a_trial_that_file_and_not_its_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    link, scratch = Accepting(), Scratch(tmp_path / "scratch")
+    given = Assignment(attempt="a", trial=3, ordinal=0, directory="/x", overrides=(), config="")
+    placed = scratch.placed(given)
+    with scratch.visit(placed, link, a_spec(tmp_path)):
+        write(Path(placed.directory), {"artifacts/x": "1", "artifacts/caf\udce9": "2", "trial.log": "3"})
+    assert {each.path: base64.b64decode(each.data) for each in link.pieces} == {
+        "artifacts/x": b"1",
+        "trial.log": b"3",
+    }
+    assert "is left behind" in caplog.text
+    assert not Path(placed.directory).exists()
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------

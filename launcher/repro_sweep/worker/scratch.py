@@ -22,13 +22,13 @@ from repro_sweep.exchange import LOG_NAME, PIECE_BYTES
 from repro_sweep.lease import ADDRESS_NAME
 from repro_sweep.provenance import source
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.worker.checkpoints import CHECKPOINTS, Checkpoints, Signature, signature
+from repro_sweep.tracking.uri import sqlite_path
+from repro_sweep.worker.checkpoints import CHECKPOINTS, Checkpoints, signature
 from repro_sweep.worker.client import CoordinatorLostError
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.site import Site
 
 _TICK_S = 1.0
-_REMOTE = ("http://", "https://", "databricks", "postgresql", "mysql", "mssql")
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Scratch(Site):
 
     def why_no_mlflow(self, spec: SweepSpec) -> str | None:
         """A store that is a file of another machine cannot be reached from here."""
-        if spec.tracking.uri.startswith(_REMOTE):
+        if sqlite_path(spec.tracking.uri) is None:
             return None
         return (
             f"the store {spec.tracking.uri} is on the machine where the sweep was started, which this one does not see;"
@@ -136,10 +136,7 @@ class _Sender:
         with contextlib.suppress(CoordinatorLostError, ProtocolError):
             while not self.over.wait(_TICK_S):
                 self._send_log()
-                now = signature(self._here / CHECKPOINTS)
-                if now == self._last:
-                    self._save(now)
-                self._last = now
+                self._save(when_quiet=True)
 
     def send_all(self) -> None:
         """Send everything, now that the attempt is over."""
@@ -147,15 +144,20 @@ class _Sender:
         for path in sorted(self._here.rglob("*")):
             name = path.relative_to(self._here)
             if path.is_file() and name.parts[0] != CHECKPOINTS and not _is_ours(name):
-                self._send_file(path, str(name))
-        self._save(signature(self._here / CHECKPOINTS))
+                try:
+                    self._send_file(path, str(name))
+                except (OSError, ValueError, ProtocolError) as error:  # a name that no JSON can hold is one
+                    log.warning("trial %d: %r is left behind: %s", self._assignment.trial, str(name), error)
+        self._save()
 
-    def _save(self, now: Signature) -> None:
-        if (
-            self._checkpoints is not None
-            and now != self._saved
-            and self._checkpoints.save(self._here / CHECKPOINTS)
-        ):
+    def _save(self, *, when_quiet: bool = False) -> None:
+        """Keep checkpoints that have changed; ``when_quiet``: if they have not since the last look."""
+        if self._checkpoints is None:
+            return
+        now = signature(self._here / CHECKPOINTS)
+        before, self._last = self._last, now
+        due = now != self._saved and (now == before or not when_quiet)
+        if due and self._checkpoints.save(self._here / CHECKPOINTS):
             self._saved = now
 
     def _send_log(self) -> None:
@@ -170,12 +172,7 @@ class _Sender:
                 self._logged += len(data)
 
     def _send_file(self, path: Path, name: str) -> None:
-        try:
-            file = path.open("rb")
-        except OSError as error:
-            log.warning("trial %d: %s is left behind: %s", self._assignment.trial, name, error)
-            return
-        with file:
+        with path.open("rb") as file:
             offset, data = 0, file.read(PIECE_BYTES)
             while True:
                 following = file.read(PIECE_BYTES)
