@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,6 +58,14 @@ def run(
     return subprocess.run(
         [program, *arguments], cwd=cwd, env=environment(env), timeout=timeout, capture_output=True, text=True
     )
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def eventually(condition: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:

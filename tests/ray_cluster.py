@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from helpers import TIMEOUT_S, Project, environment, eventually
+from helpers import TIMEOUT_S, Project, environment, eventually, free_port
 
 from repro_sweep.states import FailureKind, TrialState
 from slurm.testbed import processes
@@ -209,13 +208,6 @@ class Place:
     def workers(self) -> list[str]:
         """All workers that the sweep ever had."""
         return [path.name for path in (self.project.root / "multirun/grid/workers").glob("ray-*")]
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody has now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _descendants(pid: int) -> list[int]:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from helpers import Project
+from helpers import Project, free_port
 from tracking_helpers import (
     START,
     add_trial,
     drain,
     end,
-    free_port,
     make_ledger,
     runs_of,
     shared_server,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import MARK, MakeProject
-from ray_cluster import FILES, PATH, free_port
+from helpers import MARK, MakeProject, free_port
+from ray_cluster import FILES, PATH
 
 from repro_sweep.states import TrialState
 from slurm.testbed import Cluster

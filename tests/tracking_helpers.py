@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import free_port
 
 from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
@@ -270,14 +271,6 @@ def shared_server(config: pytest.Config, tmp_path_factory: pytest.TempPathFactor
             mlflow_server(tmp_path_factory.mktemp("server"), free_port())
         )
     return config.stash[_SERVER]
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

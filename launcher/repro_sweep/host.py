@@ -1,9 +1,10 @@
-"""What this machine is called."""
+"""What this machine is called, and where on it sockets have room."""
 
 from __future__ import annotations
 
 import os
 import socket
+import tempfile
 
 
 def name() -> str:
@@ -13,3 +14,12 @@ def name() -> str:
     same be on one machine; that only makes the way between them longer.
     """
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def folder_for_sockets(longest: int) -> str:
+    """The folder for temporary files, or ``/tmp`` if its path is longer: that of a socket has 108 bytes at most.
+
+    Others may write there too, so sockets belong into a private folder in it.
+    """
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= longest else "/tmp"  # noqa: S108

@@ -23,10 +23,11 @@ from starlette.types import Message, Receive, Scope, Send
 from repro_sweep import protocol
 from repro_sweep.errors import LeaseLostError, LedgerError, SweepError
 from repro_sweep.failpoints import failpoint
+from repro_sweep.host import folder_for_sockets
 from repro_sweep.progress import Progress
 
 ANY_HOST = "*"
-_LONGEST_FOLDER = 70  # a socket's path has 108 bytes at most
+_LONGEST_FOLDER = 70
 
 
 class Handlers(Protocol):
@@ -65,8 +66,8 @@ class Server:
         """What messages over TCP must carry."""
         self.tcp: tuple[str, ...] = ()
         """Where it listens for other machines, once it does: ``host:port``, any of which will do."""
-        short = "/tmp" if len(tempfile.gettempdir()) > _LONGEST_FOLDER else None  # noqa: S108  (a private folder in it)
-        self._folder = tempfile.TemporaryDirectory(prefix="repro-sweep-", dir=short)
+        folder = folder_for_sockets(_LONGEST_FOLDER)
+        self._folder = tempfile.TemporaryDirectory(prefix="repro-sweep-", dir=folder)
         self.path = str(Path(self._folder.name) / "coordinator.sock")
         config = uvicorn.Config(
             _app(handlers, self.token), log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=3600,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from chaos import STEPS, Finished, Swarm, wait_at_most
-from helpers import eventually
-from tracking_helpers import free_port, mlflow_server, proxy_before, shared_server
+from helpers import eventually, free_port
+from tracking_helpers import mlflow_server, proxy_before, shared_server
 
 from repro_sweep.states import TrialState
 

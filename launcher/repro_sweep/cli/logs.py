@@ -74,7 +74,7 @@ class _Log:
     """The log file of a trial."""
 
     def __init__(self, ledger: Ledger, number: int) -> None:
-        from repro_sweep.worker.attempt import LOG_NAME
+        from repro_sweep.exchange import LOG_NAME
 
         self._ledger = ledger
         self._number = number

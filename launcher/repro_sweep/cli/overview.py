@@ -12,13 +12,13 @@ from repro_sweep import detached, host, spool
 from repro_sweep.cli import contact, finding
 from repro_sweep.cli.backlog import lacking
 from repro_sweep.errors import ReproSweepError
+from repro_sweep.exchange import LOG_NAME
 from repro_sweep.lease import holder_of
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Best
 from repro_sweep.records import Attempt
 from repro_sweep.states import Direction, FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.worker.attempt import LOG_NAME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

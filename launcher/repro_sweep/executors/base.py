@@ -155,21 +155,17 @@ def create(spec: SweepSpec, socket: str = "") -> Executor:
 
 def is_remote(spec: SweepSpec) -> bool:
     """Whether the workers are on other machines: their module's ``REMOTE`` says it, or finds out from its options."""
-    module = load(spec.executor_name)
-    remote = getattr(module, "REMOTE", False)
-    return bool(remote(module.OPTIONS(**spec.executor)) if callable(remote) else remote)
+    return _says(spec, "REMOTE")
 
 
 def shares_machine(spec: SweepSpec) -> bool:
     """Whether trials may run on the coordinator's machine: they do, or their module says ``SHARES_MACHINE``."""
-    return not is_remote(spec) or bool(getattr(load(spec.executor_name), "SHARES_MACHINE", False))
+    return not is_remote(spec) or _says(spec, "SHARES_MACHINE")
 
 
 def ships_source(spec: SweepSpec) -> bool:
     """Whether the workers' machines may not see this one's files: their module's ``SHIPS_SOURCE``, as ``REMOTE``."""
-    module = load(spec.executor_name)
-    ships = getattr(module, "SHIPS_SOURCE", False)
-    return bool(ships(module.OPTIONS(**spec.executor)) if callable(ships) else ships)
+    return _says(spec, "SHIPS_SOURCE")
 
 
 def is_spread(spec: SweepSpec) -> bool:
@@ -202,6 +198,13 @@ def coordinator_job(spec: SweepSpec) -> Mapping[str, Any] | None:
 def options() -> dict[str, type]:
     """The options dataclass of every executor, by name."""
     return {name: load(name).OPTIONS for name in _names()}
+
+
+def _says(spec: SweepSpec, name: str) -> bool:
+    """What an executor's module says of itself: a constant, or a function of its options; False where it is silent."""
+    module = load(spec.executor_name)
+    said = getattr(module, name, False)
+    return bool(said(module.OPTIONS(**spec.executor)) if callable(said) else said)
 
 
 def _names() -> tuple[str, ...]:

@@ -20,6 +20,8 @@ from repro_sweep.sweep import SweepSpec
 
 _ROOTS_NAME = "roots.json"
 _SCHEME = "file://"
+_OURSELVES = Path(__file__).resolve().parents[2]
+"""Where this package lies, which is on the path of one that is installed to be edited."""
 _LARGEST_FILE_MB = 50
 _LARGEST_MB = 500
 
@@ -166,7 +168,7 @@ def _roots(spec: SweepSpec) -> list[Path]:
     given.update(path.removeprefix(_SCHEME) for _, path in spec.composition.search_path)
     if spec.task.file is not None:
         given.add(str(Path(spec.task.file).parent))
-    interpreter = {Path(sys.prefix), Path(sys.base_prefix)}
+    interpreter = {Path(sys.prefix), Path(sys.base_prefix), _OURSELVES}
     folders = {
         path
         for path in map(Path, given)

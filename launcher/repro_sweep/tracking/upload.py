@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from repro_sweep.exchange import LOG_NAME
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import Attempt, Trial
 from repro_sweep.states import TrialState
@@ -27,7 +28,6 @@ from repro_sweep.tracking.sent import Sent
 from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, artifact_name
 
 _REPORTS_AT_ONCE = 5000
-_LOG = "trial.log"
 _ARTIFACTS = "artifacts"
 REPORT = "report.html"
 """A page about the sweep in its directory, which becomes an artifact of its run."""
@@ -357,9 +357,9 @@ def _log(
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """The log of a trial and its artifacts: paths in the run, and files."""
-    log = folder / _LOG
+    log = folder / LOG_NAME
     if log.is_file():
-        yield _LOG, log
+        yield LOG_NAME, log
     root = folder / _ARTIFACTS
     for parent, folders, names in os.walk(root):
         folders.sort()
@@ -367,7 +367,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
             file = Path(parent) / name
             if file.is_file():
                 path = file.relative_to(root).as_posix()
-                reserved = path == _LOG or path.startswith("repro_sweep/")
+                reserved = path == LOG_NAME or path.startswith("repro_sweep/")
                 yield (f"{_ARTIFACTS}/{path}" if reserved else path), file
 
 

@@ -25,7 +25,6 @@ from repro_sweep.worker.outbox import Answer
 from repro_sweep.worker.output import CappedLog
 from repro_sweep.worker.ranks import Ranks
 
-LOG_NAME = ranks.log_name(0)
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CHUNK = 1 << 18
 _DRAIN_S = 1.0

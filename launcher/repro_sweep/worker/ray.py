@@ -18,7 +18,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from repro_sweep import host
 
 LOCK = "lock"
 _SOCKET = "node.sock"
-_LONGEST_FOLDER = 60  # a socket's path has 108 bytes at most
+_LONGEST_FOLDER = 60
 _BACKLOG = 1024
 _GOODBYE_S = 2.0
 
@@ -98,8 +97,7 @@ class RayWorker:
 
 def _folder(sweep_id: str) -> Path:
     """The private folder of the node's process."""
-    temporary = tempfile.gettempdir()
-    base = Path("/tmp" if len(temporary) > _LONGEST_FOLDER else temporary)  # noqa: S108  (only its owner may enter)
+    base = Path(host.folder_for_sockets(_LONGEST_FOLDER))
     name = f"{sweep_id} {host.name()} {os.getppid()}"
     folder = base / f"repro-sweep-{os.getuid()}" / hashlib.sha256(name.encode()).hexdigest()[:16]
     folder.parent.mkdir(mode=0o700, exist_ok=True)
@@ -130,15 +128,7 @@ def _connect(folder: Path, logs: Path) -> socket.socket:
 
 def _start(folder: Path, listener: socket.socket, logs: Path) -> None:
     fd = listener.fileno()
-    command = [
-        "setsid",
-        "--fork",
-        sys.executable,
-        "-P",
-        "-m",
-        "repro_sweep.worker.node",
-        str(folder),
-        str(fd),
-    ]
+    module = ["-m", "repro_sweep.worker.node"]
+    command = ["setsid", "--fork", sys.executable, "-P", *module, str(folder), str(fd)]
     with (logs / "worker.log").open("ab") as log:
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[fd])

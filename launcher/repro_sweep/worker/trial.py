@@ -18,6 +18,7 @@ from typing import Any
 
 from repro_sweep.errors import ReproSweepError, TrialInterrupted, TrialPruned
 from repro_sweep.spool import ReportLog
+from repro_sweep.worker.checkpoints import CHECKPOINTS
 from repro_sweep.worker.inbox import Inbox
 
 
@@ -167,7 +168,7 @@ def checkpoint_dir() -> Path:
 
     Outside of a sweep it is ``checkpoints`` in Hydra's output directory, or in the working directory without Hydra.
     """
-    return _folder("checkpoints")
+    return _folder(CHECKPOINTS)
 
 
 def metric_name(name: object) -> str:
