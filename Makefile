@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RAY_TESTS := $(wildcard tests/test_ray*.py)
+GPU_TESTS := tests/test_gpu.py
 SLURM_TESTS := $(wildcard tests/test_slurm*.py) tests/faults/test_slurm_coordinators.py
 
-.PHONY: sweep test slurm ray lint format bench faults clean
+.PHONY: sweep test slurm ray gpu lint format bench faults clean
 
 sweep: $(VENV)/.ready
 	$(BIN)/repro-sweep +sweep=optimizer_grid
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(SLURM_TESTS:%=--ignore=%) $(RAY_TESTS:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(SLURM_TESTS) $(RAY_TESTS) $(GPU_TESTS))
 	$(MAKE) slurm
 	$(MAKE) ray
 
@@ -23,6 +24,10 @@ slurm: $(VENV)/.ready
 # The same on a real Ray cluster.
 ray: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rfEsR $(RAY_TESTS)
+
+# Trials on a real GPU. Not part of `make test`, as most machines have none; it fails where there is none.
+gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest $(GPU_TESTS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import asha, front_door, launching, quality, ray_sweeps, search_slots, slurm
+from benchmarks import asha, front_door, gpu, launching, quality, ray_sweeps, search_slots, slurm
 from benchmarks.harness import BenchmarkError
 from benchmarks.report import Table, markdown
 
@@ -33,13 +33,16 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "ray_160": ray_sweeps.few,
     "ray_1000": ray_sweeps.many,
     "ray_noop": ray_sweeps.noop,
+    "gpu_share": gpu.share,
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "launching": ("startup", "compose", "noop", "sleep", "slow_server"),
     "search": ("search_slots", "search_handout", "search_quality", "search_asha"),
     "slurm": ("slurm_noop", "slurm_slots"),
     "ray": ("ray_160", "ray_1000", "ray_noop"),
+    "gpu": ("gpu_share",),
 }
+_NEEDS_GPU = ("gpu",)
 _PACKAGES = (
     "repro-sweep",
     "hydra-core",
@@ -66,7 +69,7 @@ def main() -> int:
     head = _head(quick=args.quick)
     print(head, flush=True)
     sections, missed, broken = [head], 0, 0
-    for name in [name for only in args.only or GROUPS for name in GROUPS.get(only, (only,))]:
+    for name in [name for only in args.only or _everywhere() for name in GROUPS.get(only, (only,))]:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-", ignore_cleanup_errors=True) as folder:
             try:
@@ -83,6 +86,11 @@ def main() -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text("\n".join(sections), encoding="utf-8")
     return 2 if broken else int(missed > 0 and not args.no_check)
+
+
+def _everywhere() -> list[str]:
+    """The groups that run on any machine."""
+    return [group for group in GROUPS if group not in _NEEDS_GPU]
 
 
 def _head(*, quick: bool) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import sqlite3
 import statistics
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from benchmarks import harness
 from benchmarks.report import OURS, Table, Target, number
 
-_ROOT = Path(__file__).parents[1]
 _SWEEP = "optimizer_search"
 _WHOLE = "optimizer_search_unpruned"
 _METRIC = "val_accuracy"
@@ -82,8 +80,7 @@ def _copy_study(folder: Path) -> None:
     """The repository's study, and its search again without the pruner."""
     from omegaconf import OmegaConf
 
-    for name in ("conf", "sweeps"):
-        shutil.copytree(_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    harness.copy_study(folder)
     conf = OmegaConf.load(folder / f"conf/sweep/{_SWEEP}.yaml")
     conf.defaults = [each for each in conf.defaults if each == "_self_" or "pruner" not in each]
     conf.pop("pruner", None)

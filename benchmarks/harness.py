@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from benchmarks.spans import Span
 
+_ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 900.0
 _POLL_S = 0.25
 _TASK = '''\
@@ -266,6 +268,12 @@ def cache() -> Path:
     folder = Path(base) / "repro-sweep-benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def copy_study(folder: Path) -> None:
+    """Put the repository's reference study into a folder."""
+    for name in ("conf", "sweeps"):
+        shutil.copytree(_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def front_door() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -54,6 +55,19 @@ def test_a_grid_runs_on_all_nodes_with_an_actor_for_each_slot(place: Place) -> N
     assert place.nodes() == {"a", "b"}
     assert len(place.workers()) == 4
     assert not place.kinds()
+
+
+def test_an_actor_may_have_several_slots(place: Place) -> None:
+    """It asks Ray for what all of its trials need, and runs that many at a time."""
+    place.run("+sweep=grid", "x=range(8)", "wait_s=0.5", "steps=4", "sweep.executor.slots=2")
+    assert set(place.executed().values()) == {1}
+    assert place.nodes() == {"a", "b"}
+    assert len(place.workers()) == 2
+    attempts = place.project.sweep("grid").attempts
+    assert len({(each.worker, each.slot) for each in attempts}) == 4
+    worker = attempts[0].worker
+    first, second = sorted(each.started_at for each in attempts if each.worker == worker)[:2]
+    assert second - first < 1.5  # a trial takes 2 s
 
 
 def test_a_search_runs_with_no_more_actors_than_the_user_wants(place: Place) -> None:
@@ -166,18 +180,22 @@ def test_an_interrupted_sweep_leaves_no_actor(place: Place) -> None:
 # --- GPUs --------------------------------------------------------------------------------------------------------
 
 
-def test_four_trials_share_one_gpu(place: Place) -> None:
+@pytest.mark.parametrize("slots", [1, 2])
+def test_four_trials_share_one_gpu(place: Place, slots: int) -> None:
     """Ray hands out shares of a device; each trial sees that one."""
     place.cluster.add_node(
         "g", "--num-cpus=4", "--num-gpus=1", env={"NODE": "g", "CUDA_VISIBLE_DEVICES": "0"}
     )
     try:
-        place.run("+sweep=grid", "x=range(8)", "wait_s=0.5", "steps=4", "sweep.resources.gpus_per_trial=0.25")
+        place.run(
+            "+sweep=grid", "x=range(8)", "wait_s=0.5", "steps=4", "sweep.resources.gpus_per_trial=0.25",
+            f"sweep.executor.slots={slots}",
+        )  # fmt: skip
     finally:
         place.cluster.stop_node("g")
     assert place.nodes() == {"g"}
     assert {line[2] for line in place.ran()} == {"0"}
-    assert len(place.workers()) == 4
+    assert len(place.workers()) == 4 / slots
     starts = sorted(float(line[3]) for line in place.ran())
     assert (
         starts[3] - starts[0] < 20
@@ -243,6 +261,15 @@ def test_a_wrong_token_is_said_in_one_line(place: Place) -> None:
             "sweep.executor.autoscaling=true",
             "sweep.executor.autoscaling: needs sweep.executor.workers, the most actors to ask for",
         ),
+        (
+            "sweep.executor.slots=3",
+            (
+                "sweep/executor=ray: no node can hold 3 trials, which need 3 CPUs (sweep.resources,"
+                " sweep.executor.resources, sweep.executor.slots); the most that any of 3 nodes has is 2 CPUs;"
+                " where nodes are added on demand, set sweep.executor.autoscaling=true"
+            ),
+        ),
+        ("sweep.executor.slots=0", "sweep.executor.slots: must be at least 1, got 0"),
         ("sweep.executor.workers=0", "sweep.executor.workers: must be at least 1, got 0"),
         ("+sweep.executor.resources.CPU=2", "sweep.executor.resources.CPU: set sweep.resources instead"),
         (
@@ -254,6 +281,15 @@ def test_a_wrong_token_is_said_in_one_line(place: Place) -> None:
 def test_what_can_never_run_is_said_at_the_start(place: Place, option: str, problem: str) -> None:
     assert place.run("+sweep=grid", "x=1,2", option, status=2).splitlines() == [f"repro-sweep: {problem}"]
     assert not (place.project.root / "multirun").exists()
+
+
+def test_the_slots_of_an_actor_must_have_whole_gpus_together(tmp_path: Path) -> None:
+    """Ray hands out shares of one GPU, or whole ones."""
+    spec = sweep(tmp_path).model_copy(update={"resources": Resources(gpus=0.5)})
+    RayExecutor(Context(spec=spec, socket=""), Options(address=None, slots=4))
+    said = "sweep.executor.slots: 3 slots with 0.5 GPUs each need 1.5 GPUs, which is not a whole number"
+    with pytest.raises(SweepError, match=re.escape(said)):
+        RayExecutor(Context(spec=spec, socket=""), Options(address=None, slots=3))
 
 
 def test_without_ray_the_command_that_installs_it_is_said(

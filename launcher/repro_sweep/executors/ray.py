@@ -1,4 +1,4 @@
-"""``sweep/executor=ray``: workers as Ray actors, one slot each, which Ray places wherever there is room.
+"""``sweep/executor=ray``: workers as Ray actors, which Ray places wherever there is room.
 
 Ray itself is spoken with by another process (``ray_driver``), which this module keeps alive: Ray ends a driver whose
 cluster is lost, and until the next one is connected all that was known stays. Workers are named before they are
@@ -49,6 +49,7 @@ _LOST_S = 60.0
 """Workers of a Ray that cannot be reached for so long are counted on no more, unless they speak for themselves."""
 _GIVE_UP_S = float(os.environ.get("REPRO_SWEEP_RAY_GIVE_UP_S", "600"))  # shorter in tests
 _GIB = 1024**3
+_ROUNDING = 1e-9
 
 _LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Elsewhere Ray listens on loopback only; so it says that this is no place for a cluster (``ray_constants``)."""
@@ -63,8 +64,8 @@ class Options:
     """The names are Ray's, where it has one.
 
     ``address``: a cluster's, as ``ray.init`` takes it; null: RAY_ADDRESS, else a Ray is started on this machine, and
-    stopped afterwards. ``workers``: the most actors at a time, with a slot each; null: as many as the cluster can hold.
-    An actor asks for what one trial needs (``sweep.resources``), and for the custom ``resources``.
+    stopped afterwards. ``workers``: the most actors at a time; null: as many as the cluster can hold. ``slots``: trials
+    at a time in an actor, which asks for what all of them need (``sweep.resources``, and the custom ``resources``).
     ``autoscaling``: nodes may be added, so one that can hold an actor need not be there yet.
     ``scheduling_strategy``: SPREAD, DEFAULT (null), or a node's id. ``runtime_env``: Ray's, for the workers.
     ``host``: the name or address at which the workers reach this machine; null: its own.
@@ -72,6 +73,7 @@ class Options:
 
     address: str | None = "${oc.env:RAY_ADDRESS,null}"
     workers: int | None = None
+    slots: int = 1
     autoscaling: bool = False
     resources: dict[str, float] = field(default_factory=dict)
     scheduling_strategy: str | None = None
@@ -94,7 +96,7 @@ class RayExecutor(Executor):
     def __init__(self, context: Context, options: Options) -> None:
         if find_spec("ray") is None:
             raise SweepError("sweep/executor=ray: Ray is not installed; pip install 'repro-sweep[ray]'")
-        _check(options)
+        _check(options, context)
         self._context = context
         self._options = options
         self._directory = Path(context.spec.directory)
@@ -119,7 +121,8 @@ class RayExecutor(Executor):
         most = self._options.workers
         actors = "as many Ray actors as fit" if most is None else f"up to {most} Ray actors"
         where = "on this machine" if self._options.address is None else f"at {self._options.address}"
-        return f"{actors} with {_described(self._need)} each, {where}"
+        slots = "" if self._options.slots == 1 else f" and {self._options.slots} slots"
+        return f"{actors} with {_described(self._need)}{slots} each, {where}"
 
     def outlook(self, trials: int) -> Outlook:
         """See that Ray can be reached, and that one of its nodes can hold an actor."""
@@ -141,12 +144,12 @@ class RayExecutor(Executor):
         )
 
     def wanted(self, trials: int) -> int:
-        """As many as the cluster can hold now, or ``workers``; one at least, to ask for more."""
+        """As many as have enough slots; not more than the cluster can hold now, or ``workers``; one at least."""
         most = self._options.workers
         if most is None:
             nodes = self._nodes
             most = 1 if nodes is None else max(1, sum(fitting(node, self._need) for node in nodes))
-        return min(most, trials)
+        return min(most, math.ceil(trials / self._options.slots))
 
     def start(self, count: int) -> list[str]:
         """Order actors; returns at once, and they may have to wait for their place."""
@@ -270,7 +273,8 @@ class RayExecutor(Executor):
                 "sweep_id": spec.sweep_id,
                 "directory": spec.directory,
                 "socket_path": self._context.socket if options.address is None else None,
-                "gpus": self._need.get("GPU", 0.0) > 0,
+                "slots": options.slots,
+                "gpus": spec.resources.gpus,
             },
         }  # fmt: skip
         command = [sys.executable, "-P", "-m", _DRIVER, json.dumps(order)]
@@ -358,11 +362,16 @@ class RayExecutor(Executor):
         return {**resources, "memory": self._here.mem_gb * _GIB, **self._options.resources}
 
     def _no_room(self, nodes: Sequence[Mapping[str, float]]) -> str:
-        keys = list(self._need)
-        most = {key: max((node.get(key, 0.0) for node in nodes), default=0.0) for key in keys}
+        most = {key: max((node.get(key, 0.0) for node in nodes), default=0.0) for key in self._need}
+        slots = self._options.slots
+        what, also = (
+            ("a trial, which needs", "")
+            if slots == 1
+            else (f"{slots} trials, which need", f", {_WHERE}.slots")
+        )
         return (
-            f"no node can hold a trial, which needs {_described(self._need)}"
-            f" (sweep.resources, {_WHERE}.resources); the most that any of {len(nodes)} nodes has is {_described(most)}"
+            f"no node can hold {what} {_described(self._need)} (sweep.resources, {_WHERE}.resources{also});"
+            f" the most that any of {len(nodes)} nodes has is {_described(most)}"
         )
 
 
@@ -370,7 +379,7 @@ def need(options: Options, context: Context) -> dict[str, float]:
     """What an actor asks Ray for, in Ray's words; memory in bytes."""
     resources = context.spec.resources
     asked = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": (resources.mem_gb or 0.0) * _GIB}
-    return {key: value for key, value in {**asked, **options.resources}.items() if value > 0}
+    return {key: value * options.slots for key, value in {**asked, **options.resources}.items() if value > 0}
 
 
 def fitting(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
@@ -395,7 +404,15 @@ def _described(amounts: Mapping[str, float]) -> str:
     return ", ".join(words) or "nothing"
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, context: Context) -> None:
+    if options.slots < 1:
+        raise SweepError(f"{_WHERE}.slots: must be at least 1, got {options.slots}")
+    gpus = context.spec.resources.gpus * options.slots
+    if gpus > 1 and abs(gpus - round(gpus)) > _ROUNDING:
+        raise SweepError(
+            f"{_WHERE}.slots: {options.slots} slots with {context.spec.resources.gpus:g} GPUs each need {gpus:g} GPUs,"
+            " which is not a whole number"
+        )
     if options.workers is not None and options.workers < 1:
         raise SweepError(f"{_WHERE}.workers: must be at least 1, got {options.workers}")
     for key, value in options.resources.items():

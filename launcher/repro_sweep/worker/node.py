@@ -3,7 +3,8 @@
 They share one zygote, so the task is imported once a node. An actor is a connection (:mod:`repro_sweep.worker.ray`);
 JSON lines::
 
-    actor -> node   {"worker": id, "directory": …, "socket": … or null, "address": … or null, "visible": "0,1"}, then
+    actor -> node   {"worker": id, "directory": …, "socket": … or null, "address": … or null, "visible": "0,1",
+                     "slots": 2, "gpus": of a trial}, then
                     {"stop": true}, or {"address": …}: there is another coordinator
     node -> actor   {"trouble": "one line" or null}, when its agent has left
 
@@ -35,6 +36,7 @@ from typing import Any
 from repro_sweep import machine
 from repro_sweep.lease import address_of
 from repro_sweep.spool import worker_directory
+from repro_sweep.sweep import Resources
 from repro_sweep.worker.agent import Agent
 from repro_sweep.worker.nursery import Nursery
 from repro_sweep.worker.ray import LOCK
@@ -108,8 +110,9 @@ class Node:
         if site is not None:
             directory = site.directory
         worker_directory(directory, worker).mkdir(parents=True, mode=0o700, exist_ok=True)
-        slot = machine.inspect({"CUDA_VISIBLE_DEVICES": hello["visible"]}).gpus
-        agent = Agent(worker, directory, hello["socket"], [slot], nursery=self._nursery, site=site)
+        has = machine.inspect({"CUDA_VISIBLE_DEVICES": hello["visible"]})
+        slots = machine.slots(has, Resources(gpus=hello["gpus"]), hello["slots"])
+        agent = Agent(worker, directory, hello["socket"], slots, nursery=self._nursery, site=site)
 
         def hear() -> None:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A worker as a Ray actor: it holds one slot's place and what Ray has given to it; its agent runs elsewhere.
+"""A worker as a Ray actor: it holds its slots' place and what Ray has given to it; its agent runs elsewhere.
 
 All actors of a sweep on a node share a process (:mod:`repro_sweep.worker.node`), in which their agents run: that has
 imported everything once. The first actor starts it. It isn't the actor's child, since it stays for the others, and is
@@ -40,7 +40,8 @@ class RayWorker:
         directory: the sweep's, on the coordinator's machine.
         socket_path: where the coordinator listens on this machine; None: over TCP.
         address: the text of its ``coordinator.json``; None: on this machine.
-        gpus: whether the slot has any.
+        slots: trials at a time.
+        gpus: of a trial.
     """
 
     def __init__(
@@ -51,13 +52,17 @@ class RayWorker:
         socket_path: str | None,
         address: str | None,
         *,
-        gpus: bool,
+        slots: int,
+        gpus: float,
     ) -> None:
         self._node = _connect(_folder(sweep_id), Path(directory, "workers", worker))
         self._over = threading.Event()
         self._result: dict[str, Any] = {}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpus else ""
-        self._say(worker=worker, directory=directory, socket=socket_path, address=address, visible=visible)
+        self._say(
+            worker=worker, directory=directory, socket=socket_path, address=address, visible=visible, slots=slots,
+            gpus=gpus,
+        )  # fmt: skip
         threading.Thread(target=self._hear, name="node", daemon=True).start()
 
     def where(self) -> str:

@@ -1,0 +1,84 @@
+"""``gpu_share``: trials that share one GPU; needs a machine with one."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import harness
+from benchmarks.report import OURS, Row, Table
+
+_SWEEP = "optimizer_grid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """First hand-out to last end, and the most memory that was in use on the GPU meanwhile."""
+
+    trials: int
+    took_s: float
+    peak_mb: float
+
+
+def share(folder: Path, *, quick: bool) -> Table:
+    """The reference study with one, two and four trials at a time on one GPU."""
+    name = _gpu()
+    harness.copy_study(folder)
+    counts = (1, 4) if quick else (1, 2, 4)
+    # what a first sweep has to do (tables of the store, modules from the disk) is nobody's
+    _sweep(folder, "first", 4, "sweep.repeats.seed=0")
+    runs = {count: _sweep(folder, f"share-{count}", count) for count in counts}
+    alone = runs[1]
+    return Table(
+        title="gpu_share: trials that share one GPU",
+        text=f"`+sweep={_SWEEP} model=lstm sweep.resources.gpus_per_trial=…` on one {name}: {alone.trials} trainings"
+        " of a small LSTM, which cannot fill such a GPU alone. From the handing out of the first trial to the recorded"
+        " end of the last one.",
+        unit="s",
+        rows=[
+            Row(
+                system=OURS if count == 1 else f"{OURS}, {count} at a time",
+                value=run.took_s,
+                note=f"gpus_per_trial={1 / count:g}: {60 * run.trials / run.took_s:.0f} trials a minute,"
+                f" {alone.took_s / run.took_s:.2f} times one at a time; {run.peak_mb:.0f} MiB in use at most",
+            )
+            for count, run in runs.items()
+        ],
+    )
+
+
+def _gpu() -> str:
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise harness.BenchmarkError("no GPU: nvidia-smi does not run here") from error
+    return told.strip().replace(", ", " with driver ")
+
+
+def _sweep(folder: Path, name: str, at_a_time: int, *overrides: str) -> _Run:
+    options = [
+        f"sweep.name={name}", "sweep.reuse=false", "model=lstm", f"sweep.executor.slots={at_a_time}",
+        f"sweep.resources.gpus_per_trial={1 / at_a_time}", *overrides,
+    ]  # fmt: skip
+    peak = 0.0
+    with harness.started([*harness.front_door(), f"+sweep={_SWEEP}", *options], folder, {}) as process:
+        while process.poll() is None:
+            peak = max(peak, _used_mb())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+    ledger = (folder / "multirun" / name / "ledger.db").as_uri()
+    with contextlib.closing(sqlite3.connect(f"{ledger}?mode=ro", uri=True)) as db:
+        states = dict(db.execute("SELECT state, count(*) FROM trials GROUP BY state").fetchall())
+        first, last = db.execute("SELECT min(started_at), max(ended_at) FROM attempts").fetchone()
+    if process.returncode != 0 or set(states) != {"COMPLETE"}:
+        raise harness.failed(folder, f"status {process.returncode}, trials ended as {states}")
+    return _Run(trials=states["COMPLETE"], took_s=last - first, peak_mb=peak)
+
+
+def _used_mb() -> float:
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
