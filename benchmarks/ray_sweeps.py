@@ -77,8 +77,8 @@ def many(folder: Path, *, quick: bool) -> Table:
     return Table(
         title="ray_1000: the same for many trials, and what is held for them",
         text=f"{trials:,} trials that sleep for 1 s, measured in the same way. {_SETTING} The coordinator's"
-        f" process, the one that speaks with Ray, and Ray's object store held {seen[0]} after {seen[0].trials:,} trials,"
-        f" and {seen[-1]} after {seen[-1].trials:,}.",
+        f" process, the one that speaks with Ray, and Ray's object store held {seen[0]} after {seen[0].trials:,}"
+        f" trials, and {seen[-1]} after {seen[-1].trials:,}.",
         unit="s",
         rows=[
             Row(
