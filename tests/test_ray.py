@@ -292,6 +292,15 @@ def test_the_slots_of_an_actor_must_have_whole_gpus_together(tmp_path: Path) -> 
         RayExecutor(Context(spec=spec, socket=""), Options(address=None, slots=3))
 
 
+def test_an_actor_has_no_more_slots_than_its_gpus_hold(tmp_path: Path) -> None:
+    """Two GPUs hold four trials that have 0.4 of one each; its node would refuse a fifth one."""
+    spec = sweep(tmp_path).model_copy(update={"resources": Resources(gpus=0.4)})
+    RayExecutor(Context(spec=spec, socket=""), Options(address=None, slots=2))
+    said = "sweep.executor.slots: 5 slots with 0.4 GPUs each need 2 GPUs, but these hold 4, as a trial has its share"
+    with pytest.raises(SweepError, match=re.escape(said)):
+        RayExecutor(Context(spec=spec, socket=""), Options(address=None, slots=5))
+
+
 def test_without_ray_the_command_that_installs_it_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -56,6 +56,11 @@ def slots(machine: Machine, resources: Resources, wanted: int | None = None) -> 
     return tuple(shares[:count]) if resources.gpus > 0 else ((),) * count
 
 
+def trials_on(gpus: int, per_trial: float) -> int:
+    """How many trials so many GPUs hold at a time: each has whole ones, or a share of one."""
+    return gpus * int(1 / per_trial + 1e-9) if per_trial < 1 else gpus // int(per_trial + 1e-9)
+
+
 def _fitting(machine: Machine, resources: Resources, gpu_slots: int) -> int:
     by_cpu = int(machine.cpus / resources.cpus + 1e-9)
     if by_cpu < 1:
@@ -81,7 +86,7 @@ def _gpu_shares(gpus: Sequence[str], per_trial: float) -> list[tuple[str, ...]]:
     if per_trial <= 0:
         return []
     if per_trial < 1:
-        return [(gpu,) for _ in range(int(1 / per_trial + 1e-9)) for gpu in gpus]
+        return [(gpu,) for _ in range(trials_on(1, per_trial)) for gpu in gpus]
     size = int(per_trial)
     return [tuple(gpus[start : start + size]) for start in range(0, len(gpus) - size + 1, size)]
 

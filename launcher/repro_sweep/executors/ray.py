@@ -387,10 +387,7 @@ def fitting(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
     counts = []
     for key, each in wanted.items():
         has = node.get(key, 0.0)
-        if key == "GPU" and each < 1:
-            counts.append(int(has) * int(1 / each + 1e-9))
-        else:
-            counts.append(int(has / each + 1e-9))
+        counts.append(machine.trials_on(int(has), each) if key == "GPU" else int(has / each + _ROUNDING))
     return min(counts, default=0)
 
 
@@ -407,12 +404,13 @@ def _described(amounts: Mapping[str, float]) -> str:
 def _check(options: Options, context: Context) -> None:
     if options.slots < 1:
         raise SweepError(f"{_WHERE}.slots: must be at least 1, got {options.slots}")
-    gpus = context.spec.resources.gpus * options.slots
+    share = context.spec.resources.gpus
+    gpus = share * options.slots
+    need = f"{_WHERE}.slots: {options.slots} slots with {share:g} GPUs each need {gpus:g} GPUs"
     if gpus > 1 and abs(gpus - round(gpus)) > _ROUNDING:
-        raise SweepError(
-            f"{_WHERE}.slots: {options.slots} slots with {context.spec.resources.gpus:g} GPUs each need {gpus:g} GPUs,"
-            " which is not a whole number"
-        )
+        raise SweepError(f"{need}, which is not a whole number")
+    if gpus > 1 and options.slots > (fit := machine.trials_on(round(gpus), share)):
+        raise SweepError(f"{need}, but these hold {fit}, as a trial has its share of one GPU")
     if options.workers is not None and options.workers < 1:
         raise SweepError(f"{_WHERE}.workers: must be at least 1, got {options.workers}")
     for key, value in options.resources.items():

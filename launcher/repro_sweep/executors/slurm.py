@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repro_sweep import cluster, jobs
+from repro_sweep import cluster, jobs, machine
 from repro_sweep.errors import SweepError
 from repro_sweep.executors.base import (
     ALIVE,
@@ -495,8 +495,7 @@ def slots_per_job(options: Options, context: Context) -> int:
     if options.slots is not None:
         return options.slots
     if resources.gpus > 0:
-        gpus = gpus_per_node(options, context)
-        slots = gpus * int(1 / resources.gpus + 1e-9) if resources.gpus < 1 else gpus // int(resources.gpus)
+        slots = machine.trials_on(gpus_per_node(options, context), resources.gpus)
         return min(1, slots) if resources.nodes > 1 else slots
     if resources.nodes > 1:
         return 1
