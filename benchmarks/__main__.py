@@ -42,7 +42,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "ray": ("ray_160", "ray_1000", "ray_noop"),
     "gpu": ("gpu_share",),
 }
-_NEEDS_GPU = ("gpu",)
+_ANYWHERE = [group for group in GROUPS if group != "gpu"]
+"""The groups that need no GPU."""
 _PACKAGES = (
     "repro-sweep",
     "hydra-core",
@@ -69,7 +70,7 @@ def main() -> int:
     head = _head(quick=args.quick)
     print(head, flush=True)
     sections, missed, broken = [head], 0, 0
-    for name in [name for only in args.only or _everywhere() for name in GROUPS.get(only, (only,))]:
+    for name in [name for only in args.only or _ANYWHERE for name in GROUPS.get(only, (only,))]:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-", ignore_cleanup_errors=True) as folder:
             try:
@@ -86,11 +87,6 @@ def main() -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text("\n".join(sections), encoding="utf-8")
     return 2 if broken else int(missed > 0 and not args.no_check)
-
-
-def _everywhere() -> list[str]:
-    """The groups that run on any machine."""
-    return [group for group in GROUPS if group not in _NEEDS_GPU]
 
 
 def _head(*, quick: bool) -> str:

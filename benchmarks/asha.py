@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sqlite3
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,17 +91,15 @@ def _search(folder: Path, sweep: str, seed: int, trials: int | None) -> Found:
     options = [f"sweep.name={name}", f"sweep.sampler.seed={seed}", "sweep.reuse=false"]
     options += [f"sweep.budget.trials={trials}"] if trials is not None else []
     harness.run([*harness.front_door(), f"+sweep={sweep}", *options], folder)
-    path = folder / f"multirun/{name}/ledger.db"
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+    with harness.ledger(folder, name) as db:
+        states, took_s = harness.outcome(db)
         best = db.execute(
             "SELECT max(json_extract(metrics, ?)) FROM attempts WHERE state = 'COMPLETE'", (f"$.{_METRIC}",)
         ).fetchone()[0]
         epochs = db.execute("SELECT count(*) FROM reports").fetchone()[0]
-        states = dict(db.execute("SELECT state, count(*) FROM trials GROUP BY state").fetchall())
-        first, last = db.execute("SELECT min(started_at), max(ended_at) FROM attempts").fetchone()
     if best is None or set(states) - {"COMPLETE", "PRUNED"}:
-        raise harness.BenchmarkError(f"{path}: trials ended as {states}")
-    return Found(best=best, epochs=epochs, pruned=states.get("PRUNED", 0), took_s=last - first)
+        raise harness.BenchmarkError(f"{folder}: trials of {name} ended as {states}")
+    return Found(best=best, epochs=epochs, pruned=states.get("PRUNED", 0), took_s=took_s)
 
 
 def _validation_images(folder: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ class _Run:
 
 def share(folder: Path, *, quick: bool) -> Table:
     """The reference study with one, two and four trials at a time on one GPU."""
-    name = _gpu()
+    name = _ask("name,driver_version").replace(", ", " with driver ")
     harness.copy_study(folder)
     counts = (1, 4) if quick else (1, 2, 4)
     # what a first sweep has to do (tables of the store, modules from the disk) is nobody's
@@ -50,15 +49,6 @@ def share(folder: Path, *, quick: bool) -> Table:
     )
 
 
-def _gpu() -> str:
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise harness.BenchmarkError("no GPU: nvidia-smi does not run here") from error
-    return told.strip().replace(", ", " with driver ")
-
-
 def _sweep(folder: Path, name: str, at_a_time: int, *overrides: str) -> _Run:
     options = [
         f"sweep.name={name}", "sweep.reuse=false", "model=lstm", f"sweep.executor.slots={at_a_time}",
@@ -70,15 +60,28 @@ def _sweep(folder: Path, name: str, at_a_time: int, *overrides: str) -> _Run:
             peak = max(peak, _used_mb())
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
-    ledger = (folder / "multirun" / name / "ledger.db").as_uri()
-    with contextlib.closing(sqlite3.connect(f"{ledger}?mode=ro", uri=True)) as db:
-        states = dict(db.execute("SELECT state, count(*) FROM trials GROUP BY state").fetchall())
-        first, last = db.execute("SELECT min(started_at), max(ended_at) FROM attempts").fetchone()
-    if process.returncode != 0 or set(states) != {"COMPLETE"}:
-        raise harness.failed(folder, f"status {process.returncode}, trials ended as {states}")
-    return _Run(trials=states["COMPLETE"], took_s=last - first, peak_mb=peak)
+    if process.returncode != 0:
+        raise harness.failed(folder, f"status {process.returncode}")
+    with harness.ledger(folder, name) as db:
+        states, took_s = harness.outcome(db)
+    if set(states) != {"COMPLETE"}:
+        raise harness.failed(folder, f"trials ended as {states}")
+    return _Run(trials=states["COMPLETE"], took_s=took_s, peak_mb=peak)
 
 
 def _used_mb() -> float:
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return float(_ask("memory.used", "nounits"))
+
+
+def _ask(what: str, *form: str) -> str:
+    """What nvidia-smi says of the first GPU."""
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={what}",
+        f"--format={','.join(('csv', 'noheader', *form))}",
+        "--id=0",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise harness.BenchmarkError("no GPU: nvidia-smi does not run here") from error

@@ -276,6 +276,18 @@ def copy_study(folder: Path) -> None:
         shutil.copytree(_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
+def ledger(folder: Path, sweep: str) -> contextlib.closing[sqlite3.Connection]:
+    """The ledger of a sweep in a folder, to be read."""
+    return contextlib.closing(_read_only(folder / "multirun" / sweep / "ledger.db"))
+
+
+def outcome(db: sqlite3.Connection) -> tuple[dict[str, int], float]:
+    """How many trials a ledger has in each state, and the seconds from the first hand-out to the last end."""
+    states = dict(db.execute("SELECT state, count(*) FROM trials GROUP BY state").fetchall())
+    first, last = db.execute("SELECT min(started_at), max(ended_at) FROM attempts").fetchone()
+    return states, last - first
+
+
 def front_door() -> list[str]:
     """The command that users run; its module where the package is not installed."""
     script = Path(sys.executable).with_name("repro-sweep")

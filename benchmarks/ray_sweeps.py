@@ -22,7 +22,7 @@ _LEDGER = "handing out of the first to recorded end of the last"
 def few(folder: Path, *, quick: bool) -> Table:
     """Makespan of 160 trials of 1 s."""
     trials = 32 if quick else 160
-    ours, actors = _ours(folder / "four", trials, _SLEEP, slots=_SLOTS_OF_ONE)
+    ours, actors = _ours(folder / "several", trials, _SLEEP, slots=_SLOTS_OF_ONE)
     single, singles = _ours(folder / "single", trials, _SLEEP)
     new = _theirs(folder, trials, _SLEEP)
     reused = _theirs(folder, trials, _SLEEP, "--reuse")
@@ -47,7 +47,7 @@ def few(folder: Path, *, quick: bool) -> Table:
         ideal_is=f"{trials} s / {_SLOTS} slots",
         targets=[
             Target(what="makespan", value=ours.makespan_s, limit=1.5 * ideal, unit="s"),
-            Target(what="actors", value=singles, limit=_SLOTS, unit="actors"),
+            Target(what="actors", value=max(actors, singles), limit=_SLOTS, unit="actors"),
         ],
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ TASKS = """
         total = torch.cuda.mem_get_info()[1]
         meet("holding", 2)  # a second attempt finds both there
         held = torch.empty(int(0.6 * total), dtype=torch.uint8, device="cuda")
-        time.sleep(5)
+        time.sleep(5)  # the other one finds no room meanwhile
         return {"held": held.numel() / total}
 """
 
