@@ -42,8 +42,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "ray": ("ray_160", "ray_1000", "ray_noop"),
     "gpu": ("gpu_share",),
 }
-_ANYWHERE = [group for group in GROUPS if group != "gpu"]
-"""The groups that need no GPU."""
 _PACKAGES = (
     "repro-sweep",
     "hydra-core",
@@ -70,7 +68,8 @@ def main() -> int:
     head = _head(quick=args.quick)
     print(head, flush=True)
     sections, missed, broken = [head], 0, 0
-    for name in [name for only in args.only or _ANYWHERE for name in GROUPS.get(only, (only,))]:
+    chosen = args.only or [group for group in GROUPS if group != "gpu"]
+    for name in [name for only in chosen for name in GROUPS.get(only, (only,))]:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-", ignore_cleanup_errors=True) as folder:
             try:
