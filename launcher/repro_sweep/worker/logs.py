@@ -32,12 +32,15 @@ class JobLogging:
     """Prepared in the zygote with :meth:`prepare`, set up in each trial with :meth:`enter`."""
 
     def __init__(self) -> None:
+        self._node: DictConfig | None = None
         self._key: object = None
         self._handlers: list[logging.Handler] | None = None
 
     def prepare(self, hydra: DictConfig) -> None:
         """Configure what this hydra node asks for, with no file opened and nothing left at the root logger."""
-        key = _key(hydra)
+        if hydra is self._node:
+            return
+        self._node, key = hydra, _key(hydra)
         if key == self._key:
             return
         self._key, self._handlers = key, None
@@ -54,7 +57,8 @@ class JobLogging:
 
     def enter(self, hydra: DictConfig) -> None:
         """In the trial: log where its hydra node says."""
-        if self._handlers is None or hydra.verbose or _key(hydra) != self._key:
+        same = hydra is self._node or _key(hydra) == self._key
+        if self._handlers is None or hydra.verbose or not same:
             configure_log(hydra.job_logging, hydra.verbose)
             return
         for handler in self._handlers:
