@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import base64
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import a_spec
 from pydantic import ValidationError
 
 from repro_sweep import exchange
 from repro_sweep.errors import UnwritableError
 from repro_sweep.protocol import Assignment, Message, Piece
-from repro_sweep.provenance import source
-from repro_sweep.sweep import Composition, SweepSpec, TaskSpec
 from repro_sweep.worker.checkpoints import CheckpointError, Checkpoints, signature
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.scratch import Scratch
@@ -36,77 +32,6 @@ def below(folder: Path) -> dict[str, str]:
 
 
 # --- source ------------------------------------------------------------------------------------------------------
-
-
-def spec_of(project: Path, *, search: tuple[str, ...] = (), sys_path: tuple[str, ...] = ()) -> SweepSpec:
-    """The record of a sweep of a project."""
-    directory = project / "multirun/grid"
-    directory.mkdir(parents=True)
-    composition = Composition(
-        config_name="config", search_path=tuple(("main", path) for path in search), hydra_overrides=(),
-        job_name="app", version_base=None,
-    )  # fmt: skip
-    task = TaskSpec(module="tasks", qualname="train", cwd=str(project), sys_path=sys_path)
-    return a_spec(directory, task=task, composition=composition)
-
-
-def moved(spec: SweepSpec, folder: Path) -> SweepSpec:
-    """Pack a sweep's source and unpack it elsewhere."""
-    assert source.pack(spec) is None
-    source.unpack(Path(spec.directory) / exchange.ARCHIVE_NAME, folder)
-    return source.relocated(spec, folder, folder / "sweep")
-
-
-def test_the_projects_own_files_travel_and_nothing_else(tmp_path: Path) -> None:
-    project = write(tmp_path / "project", {
-        "tasks.py": "a", "conf/config.yaml": "b", "data/words.txt": "c", ".venv/pyvenv.cfg": "", ".venv/x.py": "",
-        "env/pyvenv.cfg": "", "env/y.py": "", "multirun/old/trials/0/trial.log": "", "__pycache__/t.pyc": "",
-    })  # fmt: skip
-    (project / "huge").write_bytes(bytes(51_000_000))
-    spec = spec_of(project, search=(f"file://{project}/conf", "pkg://hydra.conf"))
-    here = moved(spec, tmp_path / "there")
-    root = tmp_path / "there/0"
-    assert below(root) == {"tasks.py": "a", "conf/config.yaml": "b", "data/words.txt": "c"}
-    assert here.task.cwd == str(root)
-    assert here.composition.search_path == (("main", f"file://{root}/conf"), ("main", "pkg://hydra.conf"))
-    assert here.directory == str(tmp_path / "there/sweep")
-    assert here.model_copy(update={
-        "task": spec.task, "composition": spec.composition, "directory": spec.directory
-    }) == spec  # fmt: skip
-
-
-def test_in_a_repository_what_git_ignores_stays(tmp_path: Path) -> None:
-    project = write(
-        tmp_path / "project", {"tasks.py": "a", "new.py": "b", ".gitignore": "*.bin", "x.bin": "c"}
-    )
-    for command in (["init", "-q"], ["add", "tasks.py"]):
-        subprocess.run(["git", "-C", project, *command], check=True)
-    moved(spec_of(project), tmp_path / "there")
-    assert below(tmp_path / "there/0") == {"tasks.py": "a", "new.py": "b", ".gitignore": "*.bin"}
-
-
-def test_folders_on_the_path_travel_once_but_the_interpreters_do_not(tmp_path: Path) -> None:
-    project = write(tmp_path / "project", {"src/tasks.py": "a"})
-    shared = write(tmp_path / "shared", {"common.py": "b"})
-    installed = str(Path(pytest.__file__).parent)
-    sys_path = (str(project / "src"), str(shared), installed, "relative")
-    here = moved(spec_of(project, sys_path=sys_path, search=(str(shared),)), tmp_path / "there")
-    assert below(tmp_path / "there") == {
-        "0/src/tasks.py": "a", "1/common.py": "b", "roots.json": f'["{project}", "{shared}"]',
-    }  # fmt: skip
-    there = tmp_path / "there"
-    assert here.task.sys_path == (f"{there}/0/src", f"{there}/1", installed, "relative")
-    assert here.composition.search_path == (("main", f"{there}/1"),)
-
-
-def test_what_is_too_large_is_said_and_no_archive_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(source, "_LARGEST_MB", 0.001)
-    spec = spec_of(write(tmp_path / "project", {"tasks.py": "a" * 2000}))
-    assert source.pack(spec) == "the files of the project take more than 0.001 MB"
-    assert list(Path(spec.directory).iterdir()) == []
-    assert "the source cannot be had" in (exchange.source_at(Path(spec.directory), 0).error or "")
 
 
 def test_the_archive_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

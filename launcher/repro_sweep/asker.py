@@ -37,6 +37,7 @@ from repro_sweep.config.space import Space
 from repro_sweep.config.trials import TrialMaker
 from repro_sweep.errors import ReproSweepError
 from repro_sweep.ledger import Ledger
+from repro_sweep.provenance import source
 from repro_sweep.records import Report
 from repro_sweep.search import base as searchers
 from repro_sweep.search.pruning import Rungs
@@ -96,7 +97,7 @@ def make_suggester(ledger: Ledger) -> Suggester:
     Raises:
         UserError: the task cannot be imported, the space or the sampler cannot be made any more.
     """
-    spec = ledger.spec
+    spec = source.frozen(ledger.spec)
     main = task.load(spec.task).__module__
     composer = Composer(spec.composition)
     search: searchers.Search | None = None

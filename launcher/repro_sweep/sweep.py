@@ -85,6 +85,22 @@ class Tracking(Record):
     experiment: str
 
 
+class SourceRules(Record):
+    """What is frozen: patterns of paths below the project's folders, and how large a file may be, in MB."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    max_mb: float = 10.0
+
+
+class Source(Record):
+    """The frozen source: the snapshot's id, the folder that holds it, and the folders that it was taken from."""
+
+    snapshot: str
+    folder: str
+    roots: tuple[str, ...]
+
+
 class Limits(Record):
     """What a trial may take, and how often it is tried again.
 
@@ -200,7 +216,8 @@ class SweepSpec(Record):
     same MLflow store have of the same points and the same code. ``objectives`` are set where there are several, the
     first one being ``metric``. ``search`` is None for a grid. ``pruner`` ends trials that are not worth going on
     with. ``detach``: the coordinator is a job of the executor's too. ``checkpoint_uri``: where checkpoints are kept of
-    trials on machines that do not see ``directory``.
+    trials on machines that do not see ``directory``. ``source`` is what trials run from, frozen by ``source_rules``
+    when the sweep was submitted.
     """
 
     sweep_id: str
@@ -228,6 +245,8 @@ class SweepSpec(Record):
     pruner: Chosen | None = None
     detach: bool = False
     checkpoint_uri: str | None = None
+    source_rules: SourceRules = SourceRules()
+    source: Source | None = None
 
     @property
     def ranked_by(self) -> str:

@@ -11,7 +11,6 @@ from repro_sweep.cli.main import say
 
 if TYPE_CHECKING:
     from repro_sweep.ledger import Ledger
-    from repro_sweep.sweep import SweepSpec
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -91,7 +90,6 @@ def _run(directory: Path, named: Sequence[int], *, here: bool) -> int:
     ledger = Ledger.open(directory)
 
     def record(ledger: Ledger) -> None:
-        ledger.update_spec(_with_code_of_today(ledger.spec))
         ledger.requeue([*failed(ledger), *ledger.cancelled.intersection(named)])
         ledger.commit()
         say(f"resumed: {summary.tally(ledger)}")
@@ -100,18 +98,3 @@ def _run(directory: Path, named: Sequence[int], *, here: bool) -> int:
     if spec.detach and not here:
         return session.submit(ledger, spec.name, record)
     return session.run(ledger, spec.name, record)
-
-
-def _with_code_of_today(spec: SweepSpec) -> SweepSpec:
-    """A sweep's record with the code as it is now: its trials run with that, whatever it was when it was submitted."""
-    from repro_sweep.provenance.source import code_fingerprint, git_state
-
-    project = Path(spec.task.cwd)
-    git = git_state(project)
-    now = {"git_commit": git.commit if git else None, "git_dirty": git.dirty if git else None}
-    return spec.model_copy(
-        update={
-            "code": code_fingerprint(project) if project.is_dir() else "",
-            "origin": spec.origin.model_copy(update=now),
-        }
-    )

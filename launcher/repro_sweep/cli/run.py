@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
@@ -18,6 +19,7 @@ from repro_sweep.cli.sweep import command_line, named_by_sweep
 from repro_sweep.errors import ReproSweepError, SweepError
 from repro_sweep.executors import base as executors
 from repro_sweep.ledger import FILE_NAME, Ledger
+from repro_sweep.provenance import snapshot
 from repro_sweep.submission import Submission, prepare
 
 
@@ -53,6 +55,11 @@ def run(submission: Submission) -> int:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise SweepError(f"hydra.sweep.dir: {directory} cannot be used: {error}") from error
+    spec, frozen = snapshot.freeze(spec)
+    submission = replace(submission, spec=spec)
+    for name, why in frozen.left_out.items():
+        if "max_mb" in why:
+            say(f"not frozen: {name.partition('/')[2]}, {why}")
     exists = (directory / FILE_NAME).exists()
     spread = executors.is_spread(spec)
     ledger = Ledger.open(directory) if exists else Ledger.create(directory, spec, shared=spread)

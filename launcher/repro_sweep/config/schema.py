@@ -70,6 +70,15 @@ class BudgetConf:
 
 
 @dataclass
+class SourceConf:
+    """What is frozen of the project when a sweep is submitted; ``max_mb`` is for each file."""
+
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    max_mb: float = 10.0
+
+
+@dataclass
 class SweepConf:
     """The options of a sweep, as ``docs/sweep.md`` explains them."""
 
@@ -101,6 +110,7 @@ class SweepConf:
     orphan_timeout_min: float = 10.0
     min_free_mb: float = 100.0
     checkpoint_uri: str | None = None
+    source: SourceConf = field(default_factory=SourceConf)
     reuse: bool = True
     detach: bool = False
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import io
-import json
 import os
 import subprocess
 import sys
@@ -18,11 +17,9 @@ from typing import Any
 from repro_sweep.exchange import ARCHIVE_NAME
 from repro_sweep.sweep import SweepSpec
 
-_ROOTS_NAME = "roots.json"
 _SCHEME = "file://"
 _OURSELVES = Path(__file__).resolve().parents[2]
 """Where this package lies, which is on the path of one that is installed to be edited."""
-_LARGEST_FILE_MB = 50
 _LARGEST_MB = 500
 
 
@@ -63,21 +60,48 @@ def code_fingerprint(directory: Path) -> str:
     return total.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A project's own files, sorted, and what git ignores there: files, and folders with nothing else in them."""
+
+    files: list[Path]
+    ignored: list[Path]
+
+
+def listed(directory: Path) -> Listing | None:
+    """The project's own files, of any kind; None where there are too many folders to look into."""
+    files = _files(directory)
+    if files is None:
+        return None
+    found = _git(directory, "ls-files", "-z", *_OTHERS, "--ignored", "--directory") or ""
+    ignored = (directory / name for name in found.split("\0") if name)
+    return Listing(files, sorted(path for path in ignored if not _is_output(path)))
+
+
 _PATIENCE_S = 5.0
+_OTHERS = ("--others", "--exclude-standard")
 _OUTPUT = frozenset({"multirun", "outputs", "mlruns", "mlartifacts", "__pycache__", "node_modules"})
+_MADE = frozenset({".egg-info", ".pyc"})
 
 
 def _files(directory: Path, suffix: str = "") -> list[Path] | None:
-    """The project's own files, sorted; None where there are too many folders to look into, as those of a dataset."""
-    listed = _git(
-        directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", f"*{suffix}"
-    )
-    found = (
-        _found(directory, suffix)
-        if listed is None
-        else [directory / name for name in listed.split("\0") if name]
-    )
-    return None if found is None else sorted(filter(Path.is_file, found))
+    tracked = _git(directory, "ls-files", "-z", "--cached", "--", f"*{suffix}")
+    others = _git(directory, "ls-files", "-z", *_OTHERS, "--", f"*{suffix}")
+    if tracked is None or others is None:
+        found = _found(directory, suffix)
+        return None if found is None else sorted(filter(Path.is_file, found))
+    files: list[Path] = []
+    for path in (directory / name for name in tracked.split("\0") if name):
+        if path.is_file():
+            files.append(path)
+        elif path.is_dir() and not path.is_symlink():  # a submodule
+            files += _files(path, suffix) or ()
+    made = functools.cache(_is_output)
+    for name in filter(None, others.split("\0")):
+        path = directory / name
+        if path.is_file() and not any(made(each) for each in path.parents if directory in each.parents):
+            files.append(path)
+    return sorted(set(files))
 
 
 def _found(directory: Path, suffix: str) -> list[Path] | None:
@@ -87,50 +111,42 @@ def _found(directory: Path, suffix: str) -> list[Path] | None:
         if time.monotonic() > deadline:
             return None
         folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".")
-            and name not in _OUTPUT
-            and not (Path(parent) / name / "pyvenv.cfg").exists()
+            name for name in folders if not name.startswith(".") and not _is_output(Path(parent, name))
         ]
         files += (Path(parent) / name for name in names if name.endswith(suffix))
     return files
+
+
+def _is_output(path: Path) -> bool:
+    """Whether it is made from other files: by sweeps, by Python, or as a virtual environment."""
+    if path.name in _OUTPUT or path.suffix in _MADE:
+        return True
+    return (path / "pyvenv.cfg").exists() or (path / "ledger.db").exists()
 
 
 # --- to other machines -----------------------------------------------------------------------------------------
 
 
 def pack(spec: SweepSpec) -> str | None:
-    """Write the files that the task is run from to an archive in the sweep's directory; returns why that cannot be.
-
-    They are the project's own files (as for :func:`code_fingerprint`, of any kind) in its working directory, on its
-    path and on Hydra's search path, without what belongs to the interpreter, and without files of more than 50 MB.
-    """
+    """Write a sweep's frozen source to an archive in its directory; returns why that cannot be."""
+    assert spec.source is not None
+    folder = Path(spec.source.folder)
     archive = Path(spec.directory) / ARCHIVE_NAME
     archive.unlink(missing_ok=True)
-    roots = _roots(spec)
-    members: dict[str, Path] = {}
-    for number, root in enumerate(roots):
-        files = _files(root)
-        if files is None:
-            return f"{root} has too many folders to look into"
-        members |= {f"{number}/{file.relative_to(root)}": file for file in files if _travels(file, spec)}
-    if sum(file.stat().st_size for file in members.values()) > _LARGEST_MB * 1e6:
+    # what is linked is not frozen, and not there on other machines
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_linked(path, folder)]
+    if sum(file.stat().st_size for file in files) > _LARGEST_MB * 1e6:
         return f"the files of the project take more than {_LARGEST_MB} MB"
     partial = archive.with_name(f".{ARCHIVE_NAME}.partial")
     with tarfile.open(partial, "w:gz", compresslevel=1, dereference=True) as tar:
-        for name, file in members.items():
-            tar.add(file, name, recursive=False)
-        text = json.dumps([str(root) for root in roots]).encode()
-        about = tarfile.TarInfo(_ROOTS_NAME)
-        about.size = len(text)
-        tar.addfile(about, io.BytesIO(text))
+        for file in files:
+            tar.add(file, str(file.relative_to(folder)), recursive=False)
     partial.replace(archive)
     return None
 
 
-def _travels(file: Path, spec: SweepSpec) -> bool:
-    return file.stat().st_size <= _LARGEST_FILE_MB * 1e6 and Path(spec.directory) not in file.parents
+def _is_linked(path: Path, folder: Path) -> bool:
+    return any(each.is_symlink() for each in (path, *path.parents) if folder in each.parents)
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -140,19 +156,30 @@ def unpack(archive: Path, folder: Path) -> None:
         tar.extractall(folder, **options)  # noqa: S202  (from the sweep's own coordinator)
 
 
+def frozen(spec: SweepSpec) -> SweepSpec:
+    """The record by which trials run here: from the frozen source, in the working directory of the submission."""
+    if spec.source is None:  # of an older version
+        return spec
+    here = _led_to(spec, Path(spec.source.folder))
+    return here.model_copy(update={"task": here.task.model_copy(update={"cwd": spec.task.cwd})})
+
+
 def relocated(spec: SweepSpec, folder: Path, directory: Path) -> SweepSpec:
-    """The record of a sweep whose source was unpacked into ``folder``; its own directory is ``directory``."""
-    roots = json.loads((folder / _ROOTS_NAME).read_text())
-    moved = {root: str(folder / str(number)) for number, root in enumerate(roots)}
+    """The same on another machine, with the source in ``folder`` and ``directory`` in the place of the sweep's."""
+    return _led_to(spec, folder).model_copy(update={"directory": str(directory)})
+
+
+def _led_to(spec: SweepSpec, folder: Path) -> SweepSpec:
+    assert spec.source is not None
+    moved = {root: str(folder / str(number)) for number, root in enumerate(spec.source.roots)}
+    for path in moved.values():
+        Path(path).mkdir(exist_ok=True)  # one without files
     task, composition = spec.task, spec.composition
     search_path = tuple(
         (provider, _SCHEME * path.startswith(_SCHEME) + _moved(path.removeprefix(_SCHEME), moved))
         for provider, path in composition.search_path
     )
-    for path in moved.values():
-        Path(path).mkdir(exist_ok=True)  # one without files
     return spec.model_copy(update={
-        "directory": str(directory),
         "task": task.model_copy(update={
             "file": None if task.file is None else _moved(task.file, moved),
             "cwd": _moved(task.cwd, moved),
@@ -162,17 +189,21 @@ def relocated(spec: SweepSpec, folder: Path, directory: Path) -> SweepSpec:
     })  # fmt: skip
 
 
-def _roots(spec: SweepSpec) -> list[Path]:
-    """The folders that the task is run from; none of them lies in another."""
+def roots(spec: SweepSpec) -> list[Path]:
+    """The folders that the task is run from; none of them lies in another.
+
+    These are its working directory, those of its module and on its path, and those on Hydra's search path, without
+    what belongs to the interpreter.
+    """
     given = {spec.task.cwd, *spec.task.sys_path}
     given.update(path.removeprefix(_SCHEME) for _, path in spec.composition.search_path)
     if spec.task.file is not None:
         given.add(str(Path(spec.task.file).parent))
-    interpreter = {Path(sys.prefix), Path(sys.base_prefix), _OURSELVES}
+    installed = {Path(sys.prefix), Path(sys.base_prefix), _OURSELVES}
     folders = {
         path
         for path in map(Path, given)
-        if path.is_absolute() and path.is_dir() and not interpreter & {path, *path.parents}
+        if path.is_absolute() and path.is_dir() and not installed & {path, *path.parents}
     }
     return sorted(path for path in folders if not folders & set(path.parents))
 

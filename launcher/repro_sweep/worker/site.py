@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from repro_sweep import protocol
+from repro_sweep.provenance import source
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.worker.link import Link
 
@@ -20,7 +21,7 @@ class Site:
             CoordinatorLostError: the worker has given up.
         """
         del link
-        return spec
+        return source.frozen(SweepSpec.model_validate_json(spec)).model_dump_json()
 
     def placed(self, assignment: protocol.Assignment) -> protocol.Assignment:
         """An assignment with the directory that the trial has here."""

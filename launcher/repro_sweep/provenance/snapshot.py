@@ -1,0 +1,266 @@
+"""Frozen source: what a sweep's tasks run from, as it was when the sweep was submitted.
+
+A store holds each file once, under the hash of what it holds, and a folder for each snapshot whose files are hard
+links to these. So a snapshot of a project that has hardly changed costs hardly anything. Hashes are remembered by a
+file's size and time of change, as git does it.
+
+What is left out of a snapshot (files that git ignores, and large ones) is linked to where it lies, so that code which
+looks for data beside itself finds it; such files are not frozen, and the snapshot names them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from repro_sweep.errors import SweepError
+from repro_sweep.provenance import source
+from repro_sweep.sweep import Source, SourceRules, SweepSpec
+
+MANIFEST_NAME = "manifest.json"
+_OBJECTS = "objects"
+_HASHES = "hashes.json"
+_RACY_NS = 2_000_000_000
+"""A file that was changed so shortly before may be changed again without another time of change."""
+_CHUNK = 1 << 20
+
+Seen: TypeAlias = tuple[int, int, int, str]
+"""Size, time of change, inode and hash of a file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A snapshot in its folder. ``id`` depends on the files alone, wherever they lie.
+
+    ``roots`` are where they were taken from: the files of ``roots[i]`` are below ``folder/i``. ``left_out`` are the
+    files and folders that are not frozen, with the reason.
+    """
+
+    id: str
+    folder: Path
+    roots: tuple[Path, ...]
+    left_out: Mapping[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Snapshot:
+        """The snapshot in a folder.
+
+        Raises:
+            SweepError: there is none.
+        """
+        try:
+            about = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+            return cls(
+                id=about["id"],
+                folder=folder,
+                roots=tuple(map(Path, about["roots"])),
+                left_out=about["left_out"],
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise SweepError(f"the sweep's source is not in {folder}: {error}") from error
+
+
+STORE_NAME = ".source"
+
+
+def freeze(spec: SweepSpec) -> tuple[SweepSpec, Snapshot]:
+    """Take the snapshot that a sweep's trials will run from, into the store beside its directory.
+
+    Raises:
+        SweepError: it cannot be read or stored.
+    """
+    directory = Path(spec.directory)
+    store = directory.parent / STORE_NAME
+    results = spec.tracking.uri.removeprefix("sqlite:///")
+    without = (directory, store, *(Path(f"{results}{end}") for end in ("", "-journal", "-wal", "-shm")))
+    taken = take(source.roots(spec), store, spec.source_rules, without=without)
+    found = Source(snapshot=taken.id, folder=str(taken.folder), roots=tuple(map(str, taken.roots)))
+    return spec.model_copy(update={"source": found}), taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    path: Path
+    digest: str
+    runnable: bool
+
+
+def take(roots: Sequence[Path], store: Path, rules: SourceRules, *, without: Sequence[Path] = ()) -> Snapshot:
+    """Freeze what lies below some folders; a snapshot that is there already is found again.
+
+    Args:
+        roots: the folders; none lies in another.
+        store: where snapshots are kept.
+        rules: what belongs to it.
+        without: files and folders below them that don't.
+
+    Raises:
+        SweepError: it cannot be read or stored.
+    """
+    try:
+        return _Taking(store, rules, without).take(roots)
+    except OSError as error:
+        raise SweepError(f"the source cannot be frozen in {store}: {error}") from error
+
+
+class _Taking:
+    def __init__(self, store: Path, rules: SourceRules, without: Sequence[Path]) -> None:
+        self._store = store
+        self._rules = rules
+        self._without = frozenset(without)
+        self._began_ns = time.time_ns()
+        self._known = _read_hashes(store / _HASHES)
+        self._seen: dict[str, Seen] = {}
+        self._left_out: dict[str, str] = {}
+        self._live: dict[str, Path] = {}
+
+    def take(self, roots: Sequence[Path]) -> Snapshot:
+        files = {
+            f"{number}/{name}": file
+            for number, root in enumerate(roots)
+            for name, file in self._below(root, number)
+        }
+        listed = [f"{name}\0{file.digest}\0{int(file.runnable)}" for name, file in sorted(files.items())]
+        ident = _digest("\0\0".join(listed))
+        places = json.dumps(
+            [[str(root) for root in roots], {name: str(to) for name, to in self._live.items()}]
+        )
+        folder = self._store / _digest(ident + places)[:16]
+        if not (folder / MANIFEST_NAME).exists():
+            about = {
+                "id": ident,
+                "roots": [str(root) for root in roots],
+                "files": {name: file.digest for name, file in sorted(files.items())},
+                "left_out": self._left_out,
+            }
+            self._write(folder, files, about)
+        self._remember()
+        return Snapshot(id=ident, folder=folder, roots=tuple(roots), left_out=self._left_out)
+
+    def _below(self, root: Path, number: int) -> Iterator[tuple[str, _File]]:
+        found = source.listed(root)
+        if found is None:
+            raise SweepError(
+                f"sweep.source: {root} has too many folders to look into; make it a git repository, whose .gitignore"
+                " says what does not belong to it"
+            )
+        included = {path for pattern in self._rules.include for path in root.glob(pattern) if path.is_file()}
+        for path in sorted({*found.files, *included}):
+            name = path.relative_to(root).as_posix()
+            if self._without & {path, *path.parents}:
+                continue
+            if any(fnmatch.fnmatch(name, pattern) for pattern in self._rules.exclude):
+                self._leave_out(number, name, path, "sweep.source.exclude")
+                continue
+            about = path.stat()
+            if about.st_size > self._rules.max_mb * 1e6 and path not in included:
+                self._leave_out(number, name, path, f"{about.st_size / 1e6:.0f} MB (sweep.source.max_mb)")
+                continue
+            runnable = bool(about.st_mode & stat.S_IXUSR)
+            yield name, _File(path=path, digest=self._hash(path, about), runnable=runnable)
+        for path in found.ignored:
+            if path not in included and not self._without & {path, *path.parents}:
+                self._leave_out(number, path.relative_to(root).as_posix(), path, "git ignores it")
+
+    def _leave_out(self, number: int, name: str, path: Path, why: str) -> None:
+        self._left_out[f"{number}/{name}"] = why
+        self._live[f"{number}/{name}"] = path
+
+    def _hash(self, path: Path, about: os.stat_result) -> str:
+        """The hash of a file, read only if it may have changed."""
+        key, now = str(path), (about.st_size, about.st_mtime_ns, about.st_ino)
+        known = self._known.get(key)
+        digest = known[3] if known is not None and tuple(known[:3]) == now else self._store_file(path)
+        if about.st_mtime_ns < self._began_ns - _RACY_NS:
+            self._seen[key] = (*now, digest)
+        return digest
+
+    def _store_file(self, path: Path) -> str:
+        """Copy a file into the store, under the hash of what was copied."""
+        total = hashlib.sha256()
+        folder = self._store / _OBJECTS
+        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+        partial = folder / f".{os.getpid()}.partial"
+        with path.open("rb") as read, partial.open("wb") as write:
+            while data := read.read(_CHUNK):
+                total.update(data)
+                write.write(data)
+        digest = total.hexdigest()
+        target = self._object(digest)
+        if target.exists():
+            partial.unlink()
+        else:
+            partial.chmod(0o444)
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            partial.replace(target)
+        return digest
+
+    def _object(self, digest: str) -> Path:
+        return self._store / _OBJECTS / digest[:2] / digest
+
+    def _write(self, folder: Path, files: Mapping[str, _File], about: Mapping[str, Any]) -> None:
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        made: set[Path] = set()
+        for name, file in files.items():
+            target = partial / name
+            if target.parent not in made:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                made.add(target.parent)
+            kept = self._object(file.digest)
+            if not kept.exists() and self._store_file(file.path) != file.digest:
+                raise SweepError(f"sweep.source: {file.path} was changed meanwhile; start the sweep again")
+            _link(kept, target, runnable=file.runnable)
+        for number in range(len(about["roots"])):
+            (partial / str(number)).mkdir(parents=True, exist_ok=True)
+        for name, path in self._live.items():
+            target = partial / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(
+                FileExistsError
+            ):  # an ignored folder with files that belong to it all the same
+                target.symlink_to(path)
+        (partial / MANIFEST_NAME).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / MANIFEST_NAME).exists():  # no other sweep has just made it
+                raise
+            shutil.rmtree(partial)
+
+    def _remember(self) -> None:
+        if self._seen == self._known:
+            return
+        partial = self._store / f".{_HASHES}.{os.getpid()}.partial"
+        partial.write_text(json.dumps(self._seen), encoding="utf-8")
+        partial.replace(self._store / _HASHES)
+
+
+def _link(kept: Path, target: Path, *, runnable: bool) -> None:
+    if not runnable:
+        with contextlib.suppress(OSError):  # a file system without hard links
+            os.link(kept, target)
+            return
+    shutil.copyfile(kept, target)
+    target.chmod(0o555 if runnable else 0o444)
+
+
+def _read_hashes(path: Path) -> dict[str, Seen]:
+    try:
+        return {name: tuple(seen) for name, seen in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,245 @@
+"""Frozen source: what belongs to it, where it is kept, and how it comes to other machines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from helpers import a_spec
+
+from repro_sweep import exchange
+from repro_sweep.errors import SweepError
+from repro_sweep.provenance import snapshot, source
+from repro_sweep.provenance.snapshot import Snapshot
+from repro_sweep.sweep import Composition, SourceRules, SweepSpec, TaskSpec, Tracking
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    """Write files by their path below a folder."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def below(folder: Path) -> dict[str, str]:
+    """The files below a folder and what they hold; links are shown as such."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            found[str(path.relative_to(folder))] = f"-> {path.readlink()}"
+        elif path.is_file():
+            found[str(path.relative_to(folder))] = path.read_text()
+    return found
+
+
+def spec_of(
+    project: Path,
+    *,
+    rules: SourceRules | None = None,
+    search: tuple[str, ...] = (),
+    sys_path: tuple[str, ...] = (),
+) -> SweepSpec:
+    """The record of a sweep of a project, with its results in it."""
+    directory = project / "multirun/grid"
+    directory.mkdir(parents=True, exist_ok=True)
+    composition = Composition(
+        config_name="config", search_path=tuple(("main", path) for path in search), hydra_overrides=(),
+        job_name="app", version_base=None,
+    )  # fmt: skip
+    return a_spec(
+        directory, composition=composition, source_rules=rules or SourceRules(),
+        task=TaskSpec(module="tasks", qualname="train", cwd=str(project), sys_path=sys_path),
+        tracking=Tracking(uri=f"sqlite:///{project}/mlflow.db", experiment="grid"),
+    )  # fmt: skip
+
+
+def freeze(project: Path, rules: SourceRules | None = None) -> Snapshot:
+    """The snapshot of a project."""
+    return snapshot.freeze(spec_of(project, rules=rules))[1]
+
+
+def repository(project: Path) -> Path:
+    """Make a project a git repository with ``tasks.py`` in it."""
+    for command in (["init", "-q"], ["add", "tasks.py"]):
+        subprocess.run(["git", "-C", project, *command], check=True)
+    return project
+
+
+# --- what belongs to it ------------------------------------------------------------------------------------------
+
+
+def test_the_projects_own_files_are_frozen_and_what_is_made_from_them_is_not(tmp_path: Path) -> None:
+    project = write(tmp_path / "project", {
+        "tasks.py": "a", "conf/config.yaml": "b", "data/words.txt": "c", ".venv/pyvenv.cfg": "", ".venv/x.py": "",
+        "env/pyvenv.cfg": "", "env/y.py": "", "multirun/old/trials/0/trial.log": "", "__pycache__/t.pyc": "",
+        "mlflow.db": "d", "elsewhere/sweep/ledger.db": "e", "elsewhere/sweep/trials/0/trial.log": "f",
+    })  # fmt: skip
+    taken = freeze(project)
+    assert below(taken.folder / "0") == {"tasks.py": "a", "conf/config.yaml": "b", "data/words.txt": "c"}
+    assert taken.left_out == {}
+    assert Snapshot.read(taken.folder) == taken
+
+
+def test_in_a_repository_edits_and_new_files_belong_to_it_and_what_git_ignores_is_linked(
+    tmp_path: Path,
+) -> None:
+    project = repository(write(tmp_path / "project", {
+        "tasks.py": "a", "new.py": "b", ".gitignore": "*.bin\ndata/\nmultirun/", "x.bin": "c", "data/a/b": "d",
+        "pkg/y.bin": "e", "pkg/z.py": "f", "__pycache__/z.pyc": "", "results/ledger.db": "", "results/trials/0/trial.log": "",
+    }))  # fmt: skip
+    write(project, {"tasks.py": "edited"})
+    taken = freeze(project)
+    assert below(taken.folder / "0") == {
+        "tasks.py": "edited", "new.py": "b", ".gitignore": "*.bin\ndata/\nmultirun/", "x.bin": f"-> {project}/x.bin",
+        "data": f"-> {project}/data", "pkg/y.bin": f"-> {project}/pkg/y.bin", "pkg/z.py": "f",
+    }  # fmt: skip
+    assert (taken.folder / "0/data/a/b").read_text() == "d"
+    assert set(taken.left_out.values()) == {"git ignores it"}
+
+
+def test_a_submodules_files_belong_to_it(tmp_path: Path) -> None:
+    library = repository(write(tmp_path / "library", {"tasks.py": "of the library"}))
+    git = ["git", "-c", "protocol.file.allow=always", "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "-C", library, "commit", "-qm", "first"], check=True)
+    project = repository(write(tmp_path / "project", {"tasks.py": "a"}))
+    subprocess.run([*git, "-C", project, "submodule", "--quiet", "add", library, "lib"], check=True)
+    write(project, {"lib/new.py": "b"})
+    found = below(freeze(project).folder / "0")
+    assert found["lib/tasks.py"] == "of the library"
+    assert found["lib/new.py"] == "b"
+
+
+def test_rules_say_what_else_belongs_to_it_and_what_does_not(tmp_path: Path) -> None:
+    project = repository(write(tmp_path / "project", {
+        "tasks.py": "a", "large": "x" * 2000, "wanted": "x" * 2000, "secret.txt": "b", "data/a": "c",
+        ".gitignore": "data\nmultirun",
+    }))  # fmt: skip
+    rules = SourceRules(include=("data/*", "wanted"), exclude=("secret*",), max_mb=0.001)
+    taken = freeze(project, rules)
+    found = below(taken.folder / "0")
+    assert found["data/a"] == "c"
+    assert found["wanted"] == "x" * 2000
+    assert found["large"] == f"-> {project}/large"
+    assert found["secret.txt"] == f"-> {project}/secret.txt"
+    assert taken.left_out["0/large"] == "0 MB (sweep.source.max_mb)"
+    assert taken.left_out["0/secret.txt"] == "sweep.source.exclude"
+
+
+def test_folders_on_the_path_belong_to_it_once_but_what_is_installed_does_not(tmp_path: Path) -> None:
+    project = write(tmp_path / "project", {"src/tasks.py": "a"})
+    shared = write(tmp_path / "shared", {"common.py": "b"})
+    installed = str(Path(pytest.__file__).parent)
+    ourselves = str(Path(snapshot.__file__).parents[2])
+    sys_path = (str(project / "src"), str(shared), installed, ourselves, "relative")
+    spec, taken = snapshot.freeze(
+        spec_of(project, sys_path=sys_path, search=(f"file://{shared}/conf", "pkg://hydra.conf"))
+    )
+    assert taken.roots == (project, shared)
+    here = source.frozen(spec)
+    assert here.task.cwd == str(project)
+    assert here.task.sys_path == (
+        f"{taken.folder}/0/src", f"{taken.folder}/1", installed, ourselves, "relative"
+    )  # fmt: skip
+    assert here.composition.search_path == (
+        ("main", f"file://{taken.folder}/1/conf"),
+        ("main", "pkg://hydra.conf"),
+    )
+
+
+def test_a_folder_that_cannot_be_looked_through_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_PATIENCE_S", -1.0)
+    with pytest.raises(SweepError, match="too many folders"):
+        freeze(write(tmp_path / "project", {"tasks.py": "a"}))
+
+
+# --- how it is kept ----------------------------------------------------------------------------------------------
+
+
+def test_the_same_files_are_the_same_snapshot_wherever_they_lie(tmp_path: Path) -> None:
+    one = freeze(write(tmp_path / "one", {"tasks.py": "a", "b/c.py": "d"}))
+    two = freeze(write(tmp_path / "two", {"tasks.py": "a", "b/c.py": "d"}))
+    assert one.id == two.id
+    assert freeze(tmp_path / "one") == one
+    for change in ({"tasks.py": "b"}, {"new": ""}):
+        assert freeze(write(tmp_path / "two", change)).id not in (one.id, two.id)
+    (tmp_path / "one/tasks.py").chmod(0o755)
+    assert freeze(tmp_path / "one").id != one.id
+
+
+def test_snapshots_share_what_is_the_same_in_them_and_none_sees_an_edit(tmp_path: Path) -> None:
+    project = write(tmp_path / "project", {"tasks.py": "a", "helper.py": "b"})
+    first = freeze(project)
+    write(project, {"tasks.py": "edited"})
+    second = freeze(project)
+    assert below(first.folder / "0") == {"tasks.py": "a", "helper.py": "b"}
+    assert below(second.folder / "0") == {"tasks.py": "edited", "helper.py": "b"}
+    assert (first.folder / "0/helper.py").samefile(second.folder / "0/helper.py")
+    assert first.folder.parent == second.folder.parent == project / "multirun/.source"
+
+
+def test_an_edit_that_leaves_size_and_second_as_they_were_is_seen(tmp_path: Path) -> None:
+    project = write(tmp_path / "project", {"tasks.py": "a"})
+    first = freeze(project)
+    about = (project / "tasks.py").stat()
+    write(project, {"tasks.py": "b"})
+    os.utime(project / "tasks.py", ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert freeze(project).id != first.id
+
+
+def test_files_that_have_not_changed_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = write(tmp_path / "project", {"tasks.py": "a", "b": "c"})
+    old = time.time() - 100
+    for name in ("tasks.py", "b"):
+        os.utime(project / name, (old, old))
+    first = freeze(project)
+    monkeypatch.setattr(snapshot._Taking, "_store_file", None)
+    assert freeze(project) == first
+
+
+def test_a_store_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    project = write(tmp_path / "project", {"tasks.py": "a", "multirun/.source": "no folder"})
+    with pytest.raises(SweepError, match="the source cannot be frozen in"):
+        freeze(project)
+
+
+# --- to other machines -------------------------------------------------------------------------------------------
+
+
+def test_what_is_frozen_travels_and_what_is_linked_does_not(tmp_path: Path) -> None:
+    project = repository(write(tmp_path / "project", {
+        "tasks.py": "a", "empty": "", "also empty": "", ".gitignore": "data\nmultirun", "data/x": "b",
+    }))  # fmt: skip
+    spec, _ = snapshot.freeze(spec_of(project, search=(f"file://{project}/conf",)))
+    write(project, {"tasks.py": "edited"})
+    assert source.pack(spec) is None
+    there = tmp_path / "there"
+    source.unpack(Path(spec.directory) / exchange.ARCHIVE_NAME, there)
+    here = source.relocated(spec, there, there / "sweep")
+    assert below(there / "0") == {
+        "tasks.py": "a",
+        "empty": "",
+        "also empty": "",
+        ".gitignore": "data\nmultirun",
+    }
+    assert here.task.cwd == f"{there}/0"
+    assert here.directory == f"{there}/sweep"
+    assert here.composition.search_path == (("main", f"file://{there}/0/conf"),)
+
+
+def test_what_is_too_large_to_travel_is_said_and_no_archive_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_LARGEST_MB", 0.001)
+    spec, _ = snapshot.freeze(spec_of(write(tmp_path / "project", {"tasks.py": "a" * 2000})))
+    assert source.pack(spec) == "the files of the project take more than 0.001 MB"
+    assert list(Path(spec.directory).iterdir()) == []
+    assert "the source cannot be had" in (exchange.source_at(Path(spec.directory), 0).error or "")
