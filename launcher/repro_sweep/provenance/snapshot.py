@@ -8,6 +8,7 @@ What is left out of a snapshot (files that git ignores, and large ones) is linke
 looks for data beside itself finds it; such files are not frozen, and the snapshot names them.
 """
 
+# ruff: noqa: PTH  (a Path for each of ten thousand files takes longer than what is done with it)
 from __future__ import annotations
 
 import contextlib
@@ -21,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from repro_sweep.errors import SweepError
 from repro_sweep.provenance import source
@@ -34,8 +35,8 @@ _RACY_NS = 2_000_000_000
 """A file that was changed so shortly before may be changed again without another time of change."""
 _CHUNK = 1 << 20
 
-Seen: TypeAlias = tuple[int, int, int, str]
-"""Size, time of change, inode and hash of a file."""
+Seen: TypeAlias = tuple[tuple[int, int, int, int], str]
+"""Of a file: its size, when its content and when anything of it has changed, its inode; and its hash."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +89,8 @@ def freeze(spec: SweepSpec) -> tuple[SweepSpec, Snapshot]:
     return spec.model_copy(update={"source": found}), taken
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _File:
-    path: Path
+class _File(NamedTuple):
+    path: str
     digest: str
     runnable: bool
 
@@ -116,33 +116,29 @@ def take(roots: Sequence[Path], store: Path, rules: SourceRules, *, without: Seq
 class _Taking:
     def __init__(self, store: Path, rules: SourceRules, without: Sequence[Path]) -> None:
         self._store = store
+        self._objects = f"{store}/{_OBJECTS}"
         self._rules = rules
-        self._without = frozenset(without)
+        self._without = without
         self._began_ns = time.time_ns()
         self._known = _read_hashes(store / _HASHES)
         self._seen: dict[str, Seen] = {}
+        self._made: set[str] = set()
         self._left_out: dict[str, str] = {}
-        self._live: dict[str, Path] = {}
+        self._live: dict[str, str] = {}
 
     def take(self, roots: Sequence[Path]) -> Snapshot:
-        files = {
-            f"{number}/{name}": file
-            for number, root in enumerate(roots)
-            for name, file in self._below(root, number)
-        }
-        listed = [f"{name}\0{file.digest}\0{int(file.runnable)}" for name, file in sorted(files.items())]
-        ident = _digest("\0\0".join(listed))
-        places = json.dumps(
-            [[str(root) for root in roots], {name: str(to) for name, to in self._live.items()}]
+        files = dict(sorted(each for number, root in enumerate(roots) for each in self._below(root, number)))
+        ident = _digest(
+            "\0\0".join(f"{name}\0{file.digest}\0{int(file.runnable)}" for name, file in files.items())
         )
-        folder = self._store / _digest(ident + places)[:16]
+        about = {
+            "id": ident,
+            "roots": [str(root) for root in roots],
+            "left_out": self._left_out,
+            "files": {name: file.digest for name, file in files.items()},
+        }
+        folder = self._store / _digest(json.dumps([ident, about["roots"], self._live]))[:16]
         if not (folder / MANIFEST_NAME).exists():
-            about = {
-                "id": ident,
-                "roots": [str(root) for root in roots],
-                "files": {name: file.digest for name, file in sorted(files.items())},
-                "left_out": self._left_out,
-            }
             self._write(folder, files, about)
         self._remember()
         return Snapshot(id=ident, folder=folder, roots=tuple(roots), left_out=self._left_out)
@@ -154,82 +150,92 @@ class _Taking:
                 f"sweep.source: {root} has too many folders to look into; make it a git repository, whose .gitignore"
                 " says what does not belong to it"
             )
-        included = {path for pattern in self._rules.include for path in root.glob(pattern) if path.is_file()}
-        for path in sorted({*found.files, *included}):
-            name = path.relative_to(root).as_posix()
-            if self._without & {path, *path.parents}:
+        outside = [str(path.relative_to(root)) for path in self._without if root in path.parents]
+        apart = tuple(f"{name}/" for name in outside)
+        included = {
+            path.relative_to(root).as_posix()
+            for pattern in self._rules.include
+            for path in root.glob(pattern)
+        }
+        for name in sorted({*found.files, *included}):
+            if name.startswith(apart) or name in outside:
+                continue
+            path = f"{root}/{name}"
+            try:
+                about = os.stat(path)
+            except FileNotFoundError:  # it was deleted, or is a link to nowhere
+                continue
+            if not stat.S_ISREG(about.st_mode):
                 continue
             if any(fnmatch.fnmatch(name, pattern) for pattern in self._rules.exclude):
-                self._leave_out(number, name, path, "sweep.source.exclude")
-                continue
-            about = path.stat()
-            if about.st_size > self._rules.max_mb * 1e6 and path not in included:
-                self._leave_out(number, name, path, f"{about.st_size / 1e6:.0f} MB (sweep.source.max_mb)")
-                continue
-            runnable = bool(about.st_mode & stat.S_IXUSR)
-            yield name, _File(path=path, digest=self._hash(path, about), runnable=runnable)
-        for path in found.ignored:
-            if path not in included and not self._without & {path, *path.parents}:
-                self._leave_out(number, path.relative_to(root).as_posix(), path, "git ignores it")
+                self._leave_out(f"{number}/{name}", path, "sweep.source.exclude")
+            elif about.st_size > self._rules.max_mb * 1e6 and name not in included:
+                self._leave_out(
+                    f"{number}/{name}", path, f"{about.st_size / 1e6:.0f} MB (sweep.source.max_mb)"
+                )
+            else:
+                runnable = bool(about.st_mode & stat.S_IXUSR)
+                yield f"{number}/{name}", _File(path, self._hash(path, about), runnable)
+        for name in found.ignored:
+            if name not in included and name not in outside and not name.startswith(apart):
+                self._leave_out(f"{number}/{name}", f"{root}/{name}", "git ignores it")
 
-    def _leave_out(self, number: int, name: str, path: Path, why: str) -> None:
-        self._left_out[f"{number}/{name}"] = why
-        self._live[f"{number}/{name}"] = path
+    def _leave_out(self, name: str, path: str, why: str) -> None:
+        self._left_out[name] = why
+        self._live[name] = path
 
-    def _hash(self, path: Path, about: os.stat_result) -> str:
+    def _hash(self, path: str, about: os.stat_result) -> str:
         """The hash of a file, read only if it may have changed."""
-        key, now = str(path), (about.st_size, about.st_mtime_ns, about.st_ino)
-        known = self._known.get(key)
-        digest = known[3] if known is not None and tuple(known[:3]) == now else self._store_file(path)
-        if about.st_mtime_ns < self._began_ns - _RACY_NS:
-            self._seen[key] = (*now, digest)
+        now = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
+        known = self._known.get(path)
+        digest = known[1] if known is not None and tuple(known[0]) == now else self._keep(path)
+        if about.st_ctime_ns < self._began_ns - _RACY_NS:
+            self._seen[path] = (now, digest)
         return digest
 
-    def _store_file(self, path: Path) -> str:
+    def _keep(self, path: str) -> str:
         """Copy a file into the store, under the hash of what was copied."""
+        self._make(self._objects)
+        partial = f"{self._objects}/.{os.getpid()}.partial"
         total = hashlib.sha256()
-        folder = self._store / _OBJECTS
-        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
-        partial = folder / f".{os.getpid()}.partial"
-        with path.open("rb") as read, partial.open("wb") as write:
+        with open(path, "rb", buffering=0) as read, open(partial, "wb", buffering=0) as write:
             while data := read.read(_CHUNK):
                 total.update(data)
                 write.write(data)
+            os.fchmod(write.fileno(), 0o444)
         digest = total.hexdigest()
         target = self._object(digest)
-        if target.exists():
-            partial.unlink()
+        if os.path.exists(target):
+            os.unlink(partial)
         else:
-            partial.chmod(0o444)
-            target.parent.mkdir(mode=0o700, exist_ok=True)
-            partial.replace(target)
+            self._make(os.path.dirname(target))
+            os.replace(partial, target)
         return digest
 
-    def _object(self, digest: str) -> Path:
-        return self._store / _OBJECTS / digest[:2] / digest
+    def _make(self, folder: str) -> None:
+        if folder not in self._made:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            self._made.add(folder)
+
+    def _object(self, digest: str) -> str:
+        return f"{self._objects}/{digest[:2]}/{digest}"
 
     def _write(self, folder: Path, files: Mapping[str, _File], about: Mapping[str, Any]) -> None:
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        made: set[Path] = set()
         for name, file in files.items():
-            target = partial / name
-            if target.parent not in made:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                made.add(target.parent)
+            target = f"{partial}/{name}"
+            self._make(os.path.dirname(target))
             kept = self._object(file.digest)
-            if not kept.exists() and self._store_file(file.path) != file.digest:
+            if not os.path.exists(kept) and self._keep(file.path) != file.digest:
                 raise SweepError(f"sweep.source: {file.path} was changed meanwhile; start the sweep again")
             _link(kept, target, runnable=file.runnable)
         for number in range(len(about["roots"])):
-            (partial / str(number)).mkdir(parents=True, exist_ok=True)
+            self._make(f"{partial}/{number}")
         for name, path in self._live.items():
-            target = partial / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(
-                FileExistsError
-            ):  # an ignored folder with files that belong to it all the same
-                target.symlink_to(path)
+            self._make(os.path.dirname(f"{partial}/{name}"))
+            with contextlib.suppress(FileExistsError):  # an ignored folder of which some files are included
+                os.symlink(path, f"{partial}/{name}")
         (partial / MANIFEST_NAME).write_text(json.dumps(about, indent=1), encoding="utf-8")
         try:
             partial.rename(folder)
@@ -246,18 +252,20 @@ class _Taking:
         partial.replace(self._store / _HASHES)
 
 
-def _link(kept: Path, target: Path, *, runnable: bool) -> None:
+def _link(kept: str, target: str, *, runnable: bool) -> None:
     if not runnable:
         with contextlib.suppress(OSError):  # a file system without hard links
             os.link(kept, target)
             return
     shutil.copyfile(kept, target)
-    target.chmod(0o555 if runnable else 0o444)
+    os.chmod(target, 0o555 if runnable else 0o444)
 
 
 def _read_hashes(path: Path) -> dict[str, Seen]:
     try:
-        return {name: tuple(seen) for name, seen in json.loads(path.read_text(encoding="utf-8")).items()}
+        return {
+            name: (tuple(about), digest) for name, (about, digest) in json.loads(path.read_text()).items()
+        }
     except (OSError, ValueError, AttributeError):
         return {}
 

@@ -47,65 +47,71 @@ def code_fingerprint(directory: Path) -> str:
     not in hidden folders, virtual environments or the output of sweeps. Empty where they cannot be read, or not be
     found within some seconds; then nothing is known to be equal.
     """
-    files = _files(directory, ".py")
-    if files is None:
+    names = _names(directory)
+    if names is None:
         return ""
     total = hashlib.sha256()
-    for file in files:
-        total.update(file.relative_to(directory).as_posix().encode("utf-8", "surrogateescape") + b"\0")
-        try:
-            total.update(hashlib.sha256(file.read_bytes()).digest())
-        except OSError:
-            return ""
+    for name in names:
+        file = directory / name
+        if name.endswith(".py") and file.is_file():
+            total.update(name.encode("utf-8", "surrogateescape") + b"\0")
+            try:
+                total.update(hashlib.sha256(file.read_bytes()).digest())
+            except OSError:
+                return ""
     return total.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A project's own files, sorted, and what git ignores there: files, and folders with nothing else in them."""
+    """A project's own files, and what git ignores there (files, and folders with nothing else in them).
 
-    files: list[Path]
-    ignored: list[Path]
+    Paths below the project, sorted; files that were deleted may be among them.
+    """
+
+    files: list[str]
+    ignored: list[str]
 
 
 def listed(directory: Path) -> Listing | None:
     """The project's own files, of any kind; None where there are too many folders to look into."""
-    files = _files(directory)
-    if files is None:
+    names = _names(directory)
+    if names is None:
         return None
     found = _git(directory, "ls-files", "-z", *_OTHERS, "--ignored", "--directory") or ""
-    ignored = (directory / name for name in found.split("\0") if name)
-    return Listing(files, sorted(path for path in ignored if not _is_output(path)))
+    ignored = (name.rstrip("/") for name in found.split("\0") if name)
+    return Listing(names, sorted(name for name in ignored if not _is_output(directory / name)))
 
 
 _PATIENCE_S = 5.0
 _OTHERS = ("--others", "--exclude-standard")
 _OUTPUT = frozenset({"multirun", "outputs", "mlruns", "mlartifacts", "__pycache__", "node_modules"})
 _MADE = frozenset({".egg-info", ".pyc"})
+_SUBMODULE = "160000 "
 
 
-def _files(directory: Path, suffix: str = "") -> list[Path] | None:
-    tracked = _git(directory, "ls-files", "-z", "--cached", "--", f"*{suffix}")
-    others = _git(directory, "ls-files", "-z", *_OTHERS, "--", f"*{suffix}")
+def _names(directory: Path) -> list[str] | None:
+    tracked = _git(directory, "ls-files", "-z", "--cached", "--stage")
+    others = _git(directory, "ls-files", "-z", *_OTHERS)
     if tracked is None or others is None:
-        found = _found(directory, suffix)
-        return None if found is None else sorted(filter(Path.is_file, found))
-    files: list[Path] = []
-    for path in (directory / name for name in tracked.split("\0") if name):
-        if path.is_file():
-            files.append(path)
-        elif path.is_dir() and not path.is_symlink():  # a submodule
-            files += _files(path, suffix) or ()
-    made = functools.cache(_is_output)
+        return _found(directory)
+    names: list[str] = []
+    nested: list[str] = []
+    for entry in filter(None, tracked.split("\0")):
+        about, _, name = entry.partition("\t")
+        (nested if about.startswith(_SUBMODULE) else names).append(name)
+    made = functools.cache(lambda folder: _is_output(directory / folder))
     for name in filter(None, others.split("\0")):
-        path = directory / name
-        if path.is_file() and not any(made(each) for each in path.parents if directory in each.parents):
-            files.append(path)
-    return sorted(set(files))
+        parts = name.split("/")
+        if not any(made("/".join(parts[:depth])) for depth in range(1, len(parts))):
+            (nested if name.endswith("/") else names).append(name)
+    for name in nested:
+        names += (f"{name.rstrip('/')}/{each}" for each in _names(directory / name) or ())
+    return sorted(set(names))
 
 
-def _found(directory: Path, suffix: str) -> list[Path] | None:
-    files: list[Path] = []
+def _found(directory: Path) -> list[str] | None:
+    files: list[str] = []
     deadline = time.monotonic() + _PATIENCE_S
     for parent, folders, names in os.walk(directory):
         if time.monotonic() > deadline:
@@ -113,8 +119,9 @@ def _found(directory: Path, suffix: str) -> list[Path] | None:
         folders[:] = [
             name for name in folders if not name.startswith(".") and not _is_output(Path(parent, name))
         ]
-        files += (Path(parent) / name for name in names if name.endswith(suffix))
-    return files
+        below = Path(parent).relative_to(directory).as_posix()
+        files += names if below == "." else (f"{below}/{name}" for name in names)
+    return sorted(files)
 
 
 def _is_output(path: Path) -> bool:
