@@ -8,7 +8,6 @@ What is left out of a snapshot (files that git ignores, and large ones) is linke
 looks for data beside itself finds it; such files are not frozen, and the snapshot names them.
 """
 
-# ruff: noqa: PTH  (a Path for each of ten thousand files takes longer than what is done with it)
 from __future__ import annotations
 
 import contextlib
