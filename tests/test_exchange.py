@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import a_spec
 from pydantic import ValidationError
 
 from repro_sweep import exchange
