@@ -1,7 +1,7 @@
 """repro-sweep: a distributed sweep launcher for Hydra applications.
 
 In a task function: :func:`report`, :func:`artifact_dir`, :func:`checkpoint_dir`, :class:`TrialPruned`,
-:class:`TrialInterrupted`.
+:class:`TrialInterrupted`; :func:`seed`, :func:`generator` and :func:`worker_init_fn` for random numbers.
 Afterwards, on any machine that sees the MLflow server: :func:`best_trial`, :func:`leaderboard`, :func:`pareto_front`,
 :func:`trials`.
 All of them are imported when they are first used.
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from repro_sweep.errors import ReproSweepError, TrialInterrupted, TrialPruned
     from repro_sweep.ranking import Trial, best_trial, leaderboard, pareto_front, trials
     from repro_sweep.states import TrialState
-    from repro_sweep.worker.trial import artifact_dir, checkpoint_dir, report
+    from repro_sweep.worker.seeding import worker_init_fn
+    from repro_sweep.worker.trial import artifact_dir, checkpoint_dir, generator, report, seed
 
 __all__ = [
     "ReproSweepError",
@@ -27,17 +28,21 @@ __all__ = [
     "artifact_dir",
     "best_trial",
     "checkpoint_dir",
+    "generator",
     "leaderboard",
     "pareto_front",
     "report",
+    "seed",
     "trials",
+    "worker_init_fn",
 ]
 
 _HOMES = {
     "repro_sweep.errors": ("ReproSweepError", "TrialInterrupted", "TrialPruned"),
     "repro_sweep.ranking": ("Trial", "best_trial", "leaderboard", "pareto_front", "trials"),
     "repro_sweep.states": ("TrialState",),
-    "repro_sweep.worker.trial": ("artifact_dir", "checkpoint_dir", "report"),
+    "repro_sweep.worker.seeding": ("worker_init_fn",),
+    "repro_sweep.worker.trial": ("artifact_dir", "checkpoint_dir", "generator", "report", "seed"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -492,7 +492,7 @@ class Coordinator:
         directory = self.spec.trial_directory(trial.directory)
         return protocol.Assignment(
             attempt=attempt.id, trial=trial.number, ordinal=attempt.ordinal, overrides=trial.overrides,
-            config=trial.config, directory=str(directory),
+            config=trial.config, identity=trial.identity, directory=str(directory),
             log_size=exchange.log_size(directory) if attempt.ordinal else 0,
         )  # fmt: skip
 

@@ -71,7 +71,8 @@ class Registered(Message):
 class Assignment(Message):
     """A trial to run: its number, absolute directory, Hydra overrides, and the config frozen at submission as YAML.
 
-    ``ordinal`` counts the trial's attempts from 0; ``log_size`` is what earlier ones have left of its log, in bytes.
+    ``identity`` is the trial's. ``ordinal`` counts its attempts from 0; ``log_size`` is what earlier ones have left of
+    its log, in bytes.
     """
 
     attempt: str
@@ -80,6 +81,7 @@ class Assignment(Message):
     directory: str
     overrides: tuple[str, ...]
     config: str
+    identity: str = ""
     log_size: int = 0
 
 

@@ -26,7 +26,7 @@ from repro_sweep import machine, task
 from repro_sweep.config.compose import composition_of
 from repro_sweep.config.optuna_samplers import DEFAULT_TRIALS
 from repro_sweep.config.optuna_sweeper import Translation
-from repro_sweep.config.schema import SweepConf
+from repro_sweep.config.schema import DeterminismConf, SweepConf
 from repro_sweep.config.trials import SUBDIR
 from repro_sweep.errors import SweepError
 from repro_sweep.executors import base as executors
@@ -43,6 +43,7 @@ from repro_sweep.sweep import (
     Chosen,
     Composition,
     Constraint,
+    Determinism,
     Limits,
     Objective,
     Origin,
@@ -318,6 +319,7 @@ def specify(
             exclude=tuple(options.source.exclude),
             max_mb=_positive(options.source.max_mb, "sweep.source.max_mb"),
         ),
+        determinism=_determinism(options.determinism),
         objectives=objectives if len(objectives) > 1 else (),
         pruner=_pruner(options.pruner, choices.get("sweep/pruner"), "sweep/pruner"),
         search=_search(options, sampler, choices.get("sweep/repeats_pruner"), params, overrides),
@@ -339,6 +341,13 @@ def _checkpoint_uri(uri: str | None) -> str | None:
     except (ImportError, ValueError) as error:
         raise SweepError(f"{where}: '{uri}' cannot be used: {' '.join(str(error).split())}") from error
     return uri if "://" in uri else str(Path(uri).absolute())
+
+
+def _determinism(options: DeterminismConf) -> Determinism:
+    if options.strict not in {True, False, "warn"}:
+        raise SweepError(f"sweep.determinism.strict: must be true, false or warn, got '{options.strict}'")
+    seed = _not_negative(options.seed, "sweep.determinism.seed")
+    return Determinism(seed=seed, strict=options.strict)
 
 
 def _has_gpus(executor: DictConfig) -> bool:

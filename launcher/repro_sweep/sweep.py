@@ -101,6 +101,17 @@ class Source(Record):
     roots: tuple[str, ...]
 
 
+class Determinism(Record):
+    """How chance is taken out of trials.
+
+    ``seed``: the sweep's, from which trials without one get theirs; None leaves all to chance. ``strict``: what torch
+    cannot do deterministically is an error in the trial, or with "warn" a warning.
+    """
+
+    seed: int | None = 0
+    strict: bool | Literal["warn"] = False
+
+
 class Limits(Record):
     """What a trial may take, and how often it is tried again.
 
@@ -217,7 +228,7 @@ class SweepSpec(Record):
     first one being ``metric``. ``search`` is None for a grid. ``pruner`` ends trials that are not worth going on
     with. ``detach``: the coordinator is a job of the executor's too. ``checkpoint_uri``: where checkpoints are kept of
     trials on machines that do not see ``directory``. ``source`` is what trials run from, frozen by ``source_rules``
-    when the sweep was submitted.
+    when the sweep was submitted. ``determinism``: how randomness in trials is seeded.
     """
 
     sweep_id: str
@@ -247,6 +258,7 @@ class SweepSpec(Record):
     checkpoint_uri: str | None = None
     source_rules: SourceRules = SourceRules()
     source: Source | None = None
+    determinism: Determinism = Determinism()
 
     @property
     def ranked_by(self) -> str:

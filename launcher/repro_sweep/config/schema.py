@@ -79,6 +79,14 @@ class SourceConf:
 
 
 @dataclass
+class DeterminismConf:
+    """The sweep's seed (null: nothing is seeded), and whether torch must be deterministic: true, false or warn."""
+
+    seed: int | None = 0
+    strict: Any = False
+
+
+@dataclass
 class SweepConf:
     """The options of a sweep, as ``docs/sweep.md`` explains them."""
 
@@ -111,6 +119,7 @@ class SweepConf:
     min_free_mb: float = 100.0
     checkpoint_uri: str | None = None
     source: SourceConf = field(default_factory=SourceConf)
+    determinism: DeterminismConf = field(default_factory=DeterminismConf)
     reuse: bool = True
     detach: bool = False
 

@@ -169,6 +169,7 @@ class Run:
             "trial": assignment.trial,
             "overrides": list(assignment.overrides),
             "config": assignment.config,
+            "identity": assignment.identity,
             "directory": str(self.directory),
             "gpus": list(self._gpus),
             "rank": 0 if self._part is None else self._part.rank,

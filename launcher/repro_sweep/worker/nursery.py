@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from repro_sweep.worker import wire
+from repro_sweep.sweep import SweepSpec
+from repro_sweep.worker import seeding, wire
 from repro_sweep.worker.wire import STACKS_SIGNAL
 
 _MOST_KILLS = 3
@@ -209,9 +210,11 @@ def _start(spec: str, *options: str) -> tuple[subprocess.Popen[bytes], socket.so
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
         command = [sys.executable, "-P", "-m", "repro_sweep.worker.zygote", str(theirs.fileno()), *options]
+        determinism = SweepSpec.model_validate_json(spec).determinism
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
+            env={**os.environ, **seeding.interpreter(determinism, os.environ)},
+        )  # fmt: skip
     wire.send(ours, {"spec": spec})
     return process, ours
 

@@ -11,7 +11,6 @@ import errno
 import faulthandler
 import logging
 import os
-import random
 import socket
 import sys
 import threading
@@ -35,7 +34,7 @@ from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking import inside
 from repro_sweep.tracking.base import RunRef
-from repro_sweep.worker import preload, threads, trial
+from repro_sweep.worker import preload, seeding, threads, trial
 from repro_sweep.worker.attempt import FULL_DISK
 from repro_sweep.worker.logs import JobLogging
 from repro_sweep.worker.returned import final_metrics
@@ -60,6 +59,9 @@ class Runner:
     def __init__(self, spec: SweepSpec) -> None:
         self._spec = spec
         os.chdir(spec.task.cwd)
+        seeding.enter(
+            spec.determinism, spec.determinism.seed
+        )  # for what the task's modules do at their import
         self._task = tasks.load(spec.task)
         self._composer = Composer(spec.composition)
         self._logging = JobLogging()
@@ -138,6 +140,9 @@ class Runner:
         overrides = message["overrides"]
         config = self._composer.compose(overrides)
         _check_drift(to_yaml(config), message["config"])
+        determinism = self._spec.determinism
+        context.seed = seeding.seed_of(determinism, config, message["identity"])
+        seeding.enter(determinism, context.seed)
         job = self._composer.job_config(
             overrides,
             num=message["trial"],
@@ -207,10 +212,6 @@ def _enter_environment(spec: SweepSpec, message: Mapping[str, Any]) -> None:
         os.environ[_GPUS] = ",".join(message["gpus"])
     os.environ.update(message["environment"])
     threads.allow(spec.resources)
-    random.seed()
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:  # a fresh process would have fresh state; a forked one has the zygote's
-        numpy_random.seed()
 
 
 def _hydra_shell(job: DictConfig) -> DictConfig:

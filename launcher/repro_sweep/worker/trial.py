@@ -14,12 +14,16 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from repro_sweep.errors import ReproSweepError, TrialInterrupted, TrialPruned
 from repro_sweep.spool import ReportLog
+from repro_sweep.worker import seeding
 from repro_sweep.worker.checkpoints import CHECKPOINTS
 from repro_sweep.worker.inbox import Inbox
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Context:
@@ -42,6 +46,7 @@ class Context:
         self._inbox = Inbox(channel)
         self._lock = threading.Lock()  # user code may report from threads of its own
         self.last: dict[str, float] = {}
+        self.seed: int | None = None
 
     def forked(self) -> None:
         """In a process that the trial has forked, maybe while another of its threads held the lock."""
@@ -153,6 +158,22 @@ def report(step: int, /, **metrics: float) -> None:
     }
     if _context is not None:
         _context.report(int(step), numbers_)
+
+
+def seed() -> int | None:
+    """What this trial's random generators were seeded with: its config's ``seed``, or one that was derived for it.
+
+    None outside of a sweep, and where ``sweep.determinism.seed`` is null.
+    """
+    return None if _context is None else _context.seed
+
+
+def generator(device: str = "cpu") -> torch.Generator:
+    """A new ``torch.Generator`` with this trial's seed, such as for a ``DataLoader``.
+
+    Where there is none (see :func:`seed`) it starts from the seed that torch has (``torch.initial_seed()``).
+    """
+    return seeding.generator(seed(), device)
 
 
 def artifact_dir() -> Path:
