@@ -221,9 +221,15 @@ def test_actors_wait_for_nodes_that_are_added_on_demand(place: Place) -> None:
 
 
 def test_trials_have_the_variables_of_the_users_runtime_env(place: Place) -> None:
-    place.run("+sweep=grid", "x=1,2", "+sweep.executor.runtime_env={env_vars: {NODE: mine}}")
+    """A secret among them is in no record of the sweep, nor on a command line."""
+    variables = "{NODE: ${oc.env:PLANTED_NODE}, MY_API_KEY: '${oc.env:PLANTED_KEY}'}"
+    planted = {"PLANTED_NODE": "mine", "PLANTED_KEY": "planted-4711"}
+    place.run("+sweep=grid", "x=1,2", f"+sweep.executor.runtime_env={{env_vars: {variables}}}", env=planted)
     assert place.states() == {COMPLETE: 2}
     assert place.nodes() == {"mine"}
+    spec = place.project.sweep("grid").directory / "ledger.db"
+    assert b"oc.env:PLANTED_KEY" in spec.read_bytes()
+    assert b"planted-4711" not in spec.read_bytes()
 
 
 # --- what cannot be ----------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def proxy(server: str) -> Iterator[Proxy]:
         ("sqlite:///runs/m.db", None, "sqlite:////work/runs/m.db"),
         ("sqlite:////abs/m.db?timeout=3", None, "sqlite:////abs/m.db?timeout=3"),
         ("sqlite:///../m.db", None, "sqlite:////m.db"),
-        ("postgresql+psycopg2://u:p@db/mlflow", None, "postgresql+psycopg2://u:p@db/mlflow"),
+        ("postgresql+psycopg2://u@db/mlflow", None, "postgresql+psycopg2://u@db/mlflow"),
     ],
 )
 def test_the_uri_is_the_configured_one_else_the_environments_else_a_file_here(

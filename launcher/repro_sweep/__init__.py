@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from repro_sweep.errors import ReproSweepError, TrialInterrupted, TrialPruned
-    from repro_sweep.ranking import Trial, best_trial, leaderboard, pareto_front, trials
-    from repro_sweep.states import TrialState
+    from repro_sweep.ranking import Reproduction, Trial, best_trial, leaderboard, pareto_front, trials
+    from repro_sweep.states import TrialState, Verdict
     from repro_sweep.worker.seeding import worker_init_fn
     from repro_sweep.worker.trial import artifact_dir, checkpoint_dir, generator, report, seed
 
 __all__ = [
     "ReproSweepError",
+    "Reproduction",
     "Trial",
     "TrialInterrupted",
     "TrialPruned",
     "TrialState",
+    "Verdict",
     "artifact_dir",
     "best_trial",
     "checkpoint_dir",
@@ -39,8 +41,8 @@ __all__ = [
 
 _HOMES = {
     "repro_sweep.errors": ("ReproSweepError", "TrialInterrupted", "TrialPruned"),
-    "repro_sweep.ranking": ("Trial", "best_trial", "leaderboard", "pareto_front", "trials"),
-    "repro_sweep.states": ("TrialState",),
+    "repro_sweep.ranking": ("Reproduction", "Trial", "best_trial", "leaderboard", "pareto_front", "trials"),
+    "repro_sweep.states": ("TrialState", "Verdict"),
     "repro_sweep.worker.seeding": ("worker_init_fn",),
     "repro_sweep.worker.trial": ("artifact_dir", "checkpoint_dir", "generator", "report", "seed"),
 }

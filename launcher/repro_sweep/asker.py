@@ -109,7 +109,7 @@ def make_suggester(ledger: Ledger) -> Suggester:
     if spec.pruner is not None and (search is None or spec.repeats):
         rungs = Rungs(spec.pruner, spec.all_objectives[0].direction, spec.name)
     identities = {identity: number for identity, (number, _) in ledger.identities().items()}
-    maker = TrialMaker(composer, spec.task.name, spec.repeats, overrides)
+    maker = TrialMaker(composer, spec.task.name, spec.repeats, overrides, spec)
     return Suggester(spec, search, rungs, maker.make, identities, ledger.withdrawn - ledger.cancelled)
 
 

@@ -10,7 +10,12 @@ from repro_sweep import protocol
 from repro_sweep.errors import UnwritableError
 
 ARCHIVE_NAME = "source.tar.gz"
+BUNDLE = "submission"
+"""The folder of what was submitted (``provenance.bundle``), with the archive of the source in it."""
+BUNDLE_ID = "id"
+"""A file there that is written last: the snapshot's id, and a hash of all the others."""
 LOG_NAME = "trial.log"
+RECORD_NAME = "record.json"
 PIECE_BYTES = 1 << 20
 
 
@@ -45,7 +50,7 @@ def log_size(trial: Path) -> int:
 def source_at(sweep: Path, offset: int) -> protocol.SourcePiece:
     """The archive of the sweep's source from a byte on."""
     try:
-        with (sweep / ARCHIVE_NAME).open("rb") as file:
+        with (sweep / BUNDLE / ARCHIVE_NAME).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(offset)
             return protocol.SourcePiece(data=base64.b64encode(file.read(PIECE_BYTES)).decode(), size=size)

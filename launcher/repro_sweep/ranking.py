@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from repro_sweep.errors import TrackingError
-from repro_sweep.results import Failure, Sweep, Trial, find_sweep, read_trials, reading_uri, value_of
+from repro_sweep.results import (
+    Failure,
+    Reproduction,
+    Sweep,
+    Trial,
+    find_sweep,
+    read_trials,
+    reading_uri,
+    value_of,
+)
 from repro_sweep.standings import Entry, Row, columns, front_of, rank_points, usual_direction
 from repro_sweep.states import Direction, TrialState
 from repro_sweep.sweep import UNNAMED_METRIC, Constraint, Objective
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Failure",
     "Ranking",
+    "Reproduction",
     "Row",
     "Trial",
     "best_trial",
@@ -243,6 +253,7 @@ def _entry(trial: Trial, objectives: Sequence[Objective], constraints: Sequence[
         point=trial.point,
         more=tuple(more),
         constrained=tuple(value_of(trial, each.metric) for each in constraints),
+        verdict=trial.reproduced,
     )
 
 

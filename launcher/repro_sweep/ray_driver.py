@@ -291,12 +291,11 @@ def _strategy(text: str) -> object:
 
 
 def main() -> None:
-    """Entry point; what to do with which Ray comes as JSON in the first argument."""
+    """Entry point; what to do with which Ray comes as the first line of JSON."""
     parser = argparse.ArgumentParser(prog="repro-sweep-ray-driver")
-    parser.add_argument("order", type=json.loads)
     parser.add_argument("--log", type=Path, default=Path(os.devnull))
     args = parser.parse_args()
-    order: dict[str, Any] = args.order
+    order: dict[str, Any] = json.loads(sys.stdin.readline())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, which tells us what to do
     with private_stdout(args.log) as out:
         try:

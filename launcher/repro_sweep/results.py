@@ -11,6 +11,8 @@ import difflib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +22,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from repro_sweep.errors import TrackingError
-from repro_sweep.states import Direction, FailureKind, TrialState
+from repro_sweep.redaction import redacted
+from repro_sweep.states import Direction, FailureKind, TrialState, Verdict
 from repro_sweep.sweep import Constraint, Objective
 from repro_sweep.tracking.encoding import CONFIG_ARTIFACT, PREFIX, RECORD_ARTIFACT, restored, safe_key
 from repro_sweep.tracking.store import one_line
@@ -29,7 +32,6 @@ from repro_sweep.tracking.uri import (
     ENVIRONMENT,
     check_is_mlflow,
     checked_uri,
-    redacted,
     sqlite_path,
 )
 
@@ -43,6 +45,27 @@ class Failure:
 
     kind: FailureKind | None
     message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reproduction:
+    """What became of a trial that was run again.
+
+    Attributes:
+        verdict: EXACT, WITHIN TOLERANCE, DIFFERS or UNVERIFIABLE.
+        run_id: the id of the new MLflow run, None where it did not come to run.
+        values: how many values were compared.
+        first_difference: metric, step, and the two values; None where all are the same bits.
+        reasons: why it is unverifiable, or has failed now.
+        differences: what is different around it: the machine, the environment.
+    """
+
+    verdict: Verdict
+    run_id: str | None
+    values: int
+    first_difference: tuple[str, int, float | None, float | None] | None
+    reasons: tuple[str, ...]
+    differences: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +83,7 @@ class Trial:
         run_id: the id of its MLflow run.
         identity: hash of task, config, source and data; equal identities are the same experiment.
         reused_from: the id of the MLflow run of another sweep that its result was taken from, None where it ran here.
+        reproduced: what became of it when it was run again (:meth:`reproduce`), None where it never was.
         point: hash of the same without the keys of ``sweep.repeats``; repeats of one point have it in common.
     """
 
@@ -73,6 +97,7 @@ class Trial:
     run_id: str
     identity: str
     reused_from: str | None = None
+    reproduced: Verdict | None = None
     point: str = field(default="", repr=False)
     uri: str = field(repr=False)
 
@@ -86,6 +111,41 @@ class Trial:
         config = OmegaConf.load(self.artifact(CONFIG_ARTIFACT))
         assert isinstance(config, DictConfig)
         return config
+
+    def reproduce(self, *, rtol: float = 0.0, env: bool = False, anyway: bool = False) -> Reproduction:
+        """Run it again, in a process of its own, as ``repro-sweep reproduce`` does; takes as long as the trial.
+
+        Args:
+            rtol: relative tolerance; without one only equal bits are equal.
+            env: build the recorded Python environment first.
+            anyway: run in this Python environment although it is another one.
+
+        Raises:
+            TrackingError: the command has failed; the message is its last line.
+        """
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "repro_sweep.cli.main",
+            "reproduce",
+            self.run_id,
+            "--uri",
+            self.uri,
+        ]
+        command += ["--rtol", str(rtol), "--format", "json", *["--env"] * env, *["--anyway"] * anyway]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            [said] = json.loads(done.stdout)
+        except ValueError:
+            lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+            raise TrackingError(f"trial {self.number} cannot be run again: {lines[-1]}") from None
+        first = said["first_difference"]
+        return Reproduction(
+            verdict=Verdict(said["verdict"]), run_id=said["run_id"], values=said["values"],
+            first_difference=None if first is None else (first["metric"], first["step"], first["was"], first["now"]),
+            reasons=tuple(said["reasons"]), differences=tuple(said["differences"]),
+        )  # fmt: skip
 
     def artifact(self, path: str) -> Path:
         """A local path of one of its artifacts (or a folder of them), which must not be written to.
@@ -146,6 +206,7 @@ class Sweep:
     uri: str
     objectives: tuple[Objective, ...] = ()
     constraints: tuple[Constraint, ...] = ()
+    sweep_id: str = ""
 
 
 def reading_uri(uri: str | None) -> str:
@@ -213,6 +274,112 @@ def read_trials(sweep: Sweep) -> list[Trial]:
         return [_trial(found[number], sweep.uri) for number in sorted(found)]
 
 
+def find_run(run_id: str, uri: str) -> tuple[Sweep, Trial]:
+    """A trial and its sweep by the id of its MLflow run.
+
+    Raises:
+        TrackingError: there is no such run, it is no trial's, or the store cannot be read.
+    """
+    with _reading(uri):
+        client = _client(uri)
+        run = client.get_run(run_id)
+        if _tag(run, "kind") != "trial":
+            raise TrackingError(f"run {run_id} at {redacted(uri)} is no trial of a sweep")
+        return _sweep(client.get_run(run.data.tags["mlflow.parentRunId"]), uri), _trial(run, uri)
+
+
+def run_of_sweep(sweep_id: str, uri: str) -> str:
+    """The id of a sweep's own run; empty where there is none.
+
+    Raises:
+        TrackingError: the store cannot be read.
+    """
+    with _reading(uri):
+        client = _client(uri)
+        condition = f"tags.`{PREFIX}kind` = 'sweep' and tags.`{PREFIX}sweep_id` = '{sweep_id}'"
+        return next((run.info.run_id for run in _runs(client, _experiments(client), condition)), "")
+
+
+def artifact_of(run_id: str, path: str, uri: str) -> Path:
+    """A local path of an artifact of a run, as :meth:`Trial.artifact` gives it.
+
+    Raises:
+        FileNotFoundError: the run has none of that name.
+        TrackingError: it cannot be had.
+    """
+    with _reading(uri), _no_progress_bar():
+        return _download(run_id, path, uri)
+
+
+def histories(trial: Trial) -> dict[str, dict[int, float]]:
+    """All values of a trial's metrics by name and step, of several at one step the last; from where it has run.
+
+    Raises:
+        TrackingError: the store cannot be read.
+    """
+    with _reading(trial.uri):
+        client = _client(trial.uri)
+        *_, run_id = trial._runs()
+        found: dict[str, dict[int, float]] = {}
+        for metric in client.get_run(run_id).data.metrics:
+            points = sorted(client.get_metric_history(run_id, metric), key=lambda each: each.timestamp)
+            found[metric] = {point.step: restored(point.value) for point in points}
+        return found
+
+
+def tags_of_trials(sweep: Sweep) -> dict[int, dict[str, str]]:
+    """The tags that repro-sweep has set at the runs of a sweep's trials, without their prefix, by trial.
+
+    Raises:
+        TrackingError: the store cannot be read.
+    """
+    with _reading(sweep.uri):
+        client = _client(sweep.uri)
+        condition = f"tags.`mlflow.parentRunId` = '{sweep.run_id}' and tags.`{PREFIX}kind` = 'trial'"
+        found = {}
+        for run in _runs(client, [sweep.experiment_id], condition):
+            tags = run.data.tags
+            own = {key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)}
+            found[int(own["trial"])] = own
+        return found
+
+
+def runs_of(sweep_id: str, uri: str) -> dict[int, str]:
+    """The ids of the runs of a sweep's trials, by their numbers.
+
+    Raises:
+        TrackingError: the store cannot be read.
+    """
+    with _reading(uri):
+        client = _client(uri)
+        condition = f"tags.`{PREFIX}kind` = 'trial' and tags.`{PREFIX}sweep_id` = '{sweep_id}'"
+        runs = _runs(client, _experiments(client), condition)
+        return {int(_tag(run, "trial")): run.info.run_id for run in runs}
+
+
+def tags_of(run_id: str, uri: str) -> dict[str, str]:
+    """The tags of a run that repro-sweep has set, without their prefix.
+
+    Raises:
+        TrackingError: the store cannot be read.
+    """
+    with _reading(uri):
+        tags = _client(uri).get_run(run_id).data.tags
+        return {key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)}
+
+
+def set_tags(run_id: str, tags: Mapping[str, str], uri: str) -> None:
+    """Set tags of a run.
+
+    Raises:
+        TrackingError: they cannot be set.
+    """
+    with _reading(uri):
+        client = _client(uri)
+        for key, value in tags.items():
+            client.set_tag(run_id, f"{PREFIX}{key}", value)
+
+
 def value_of(trial: Trial, metric: str) -> float | None:
     """A trial's value of a metric, under its own name or the one that MLflow took for it."""
     value = trial.metrics.get(metric)
@@ -240,6 +407,7 @@ def _sweep(run: Any, uri: str) -> Sweep:
         uri=uri,
         objectives=tuple(map(Objective.model_validate, _listed(run, "objectives"))),
         constraints=tuple(map(Constraint.model_validate, _listed(run, "constraints"))),
+        sweep_id=_tag(run, "sweep_id"),
     )
 
 
@@ -273,6 +441,7 @@ def _trial(run: Any, uri: str) -> Trial:
         identity=tags["identity"],
         point=tags.get("point", ""),
         reused_from=tags.get("reused_from") or None,
+        reproduced=Verdict(tags["reproduced"]) if tags.get("reproduced") else None,
         uri=uri,
     )
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,8 +31,11 @@ from repro_sweep.config.schema import DeterminismConf, SweepConf
 from repro_sweep.config.trials import SUBDIR
 from repro_sweep.errors import SweepError
 from repro_sweep.executors import base as executors
+from repro_sweep.provenance import data
+from repro_sweep.provenance.snapshot import STORE_NAME
 from repro_sweep.provenance.source import code_fingerprint, git_state
 from repro_sweep.records import now
+from repro_sweep.redaction import is_secret, secret_message, without_secrets
 from repro_sweep.search import base as searchers
 from repro_sweep.search.grid import GridConf
 from repro_sweep.search.samplers import checked_seed
@@ -43,6 +47,7 @@ from repro_sweep.sweep import (
     Chosen,
     Composition,
     Constraint,
+    Data,
     Determinism,
     Limits,
     Objective,
@@ -298,7 +303,9 @@ def specify(
             experiment=options.tracking.experiment or name,
         ),
         origin=Origin.here(
-            command, git_commit=git.commit if git else None, git_dirty=git.dirty if git else None
+            without_secrets(command),
+            git_commit=git.commit if git else None,
+            git_dirty=git.dirty if git else None,
         ),
         metric=objectives[0].metric if objectives else None,
         direction=objectives[0].direction if objectives else _direction(options.direction, UNNAMED_METRIC),
@@ -319,7 +326,9 @@ def specify(
             exclude=tuple(options.source.exclude),
             max_mb=_positive(options.source.max_mb, "sweep.source.max_mb"),
         ),
+        not_secret=tuple(options.not_secret),
         determinism=_determinism(options.determinism),
+        data=_data(options.data, cwd, directory.parent / STORE_NAME),
         objectives=objectives if len(objectives) > 1 else (),
         pruner=_pruner(options.pruner, choices.get("sweep/pruner"), "sweep/pruner"),
         search=_search(options, sampler, choices.get("sweep/repeats_pruner"), params, overrides),
@@ -341,6 +350,43 @@ def _checkpoint_uri(uri: str | None) -> str | None:
     except (ImportError, ValueError) as error:
         raise SweepError(f"{where}: '{uri}' cannot be used: {' '.join(str(error).split())}") from error
     return uri if "://" in uri else str(Path(uri).absolute())
+
+
+def _data(options: Mapping[str, object], cwd: Path, store: Path) -> dict[str, Data]:
+    found = {}
+    for name, where in options.items():
+        if not isinstance(where, str) or not where:
+            raise SweepError(f"sweep.data.{name}: must be a path or a URI, got {where!r}")
+        found[str(name)] = data.fingerprint(str(name), where, cwd, store)
+    return found
+
+
+def executor_of(overrides: Sequence[str]) -> tuple[str, dict[str, object]]:
+    """Name and options of an executor, from overrides alone: ``sweep/executor=NAME``, ``sweep.executor.OPTION=VALUE``.
+
+    Raises:
+        SweepError: one of them is something else, or not what it must be.
+    """
+    group, prefix = "sweep/executor", "sweep.executor."
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise SweepError(" ".join(str(error).split())) from error
+    names = [str(each.value()) for each in parsed if each.key_or_group == group]
+    name = names[-1] if names else "local"
+    options = OmegaConf.structured(executors.load(name).OPTIONS)
+    for each in parsed:
+        if each.key_or_group == group:
+            continue
+        if not each.key_or_group.startswith(prefix) or each.is_sweep_override():
+            raise SweepError(f"{each.input_line}: only {group} and {prefix}OPTION can be set here")
+        try:
+            OmegaConf.update(
+                options, each.key_or_group.removeprefix(prefix), each.value(), force_add=each.is_add()
+            )
+        except OmegaConfBaseException as error:
+            raise SweepError(f"{each.input_line}: {str(error).splitlines()[0]}") from error
+    return name, _plain(options)
 
 
 def _determinism(options: DeterminismConf) -> Determinism:
@@ -519,7 +565,40 @@ def _plain(node: object) -> dict[str, object]:
         OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else {}
     )
     plain: dict[str, object] = json.loads(json.dumps(container))
-    return plain
+    if not isinstance(node, DictConfig):
+        return plain
+    given = OmegaConf.to_container(node, resolve=False)
+    return {str(key): _unresolved(value, given, key) for key, value in plain.items()}  # type: ignore[arg-type]
+
+
+def _unresolved(value: object, beside: Mapping[str, object], key: str) -> object:
+    """A value, but a secret's interpolation as it was written: it is resolved where it is used."""
+    given = beside.get(key)
+    if isinstance(value, dict) and isinstance(given, dict):
+        return {name: _unresolved(each, given, name) for name, each in value.items()}
+    if isinstance(given, str) and is_secret(str(key)):
+        if "${" not in given:
+            raise SweepError(f"{key}: {secret_message(str(key))}")
+        return given
+    return value
+
+
+def check_overrides(overrides: Sequence[str], not_secret: Sequence[str]) -> None:
+    """See that no secret stands on the command line.
+
+    Raises:
+        SweepError: one does.
+    """
+    for each in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = each.key_or_group, each.value()
+        if (
+            isinstance(value, str)
+            and value
+            and "${" not in value
+            and is_secret(key)
+            and key not in not_secret
+        ):
+            raise SweepError(f"{key}: {secret_message(key)}")
 
 
 def _direction(text: str | None, metric: str | None) -> Direction:

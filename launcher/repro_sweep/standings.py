@@ -11,11 +11,13 @@ import math
 import re
 import statistics
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from repro_sweep.records import Attempt, Trial
-from repro_sweep.states import Direction, TrialState
+from repro_sweep.states import Direction, TrialState, Verdict
 from repro_sweep.sweep import Constraint, Objective, SweepSpec
 
 _SMALLER_IS_BETTER = re.compile(
@@ -35,7 +37,7 @@ class Entry:
 
     ``point`` is the same for all repeats of a point; where it is empty, equal ``params`` make a point. ``more`` are the
     values of further objectives, ``constrained`` those of the metrics that constraints are about, one for each. The
-    value of a pruned trial is its last one.
+    value of a pruned trial is its last one. ``verdict``: what became of it when it was run again.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Entry:
     point: str = ""
     more: tuple[float | None, ...] = ()
     constrained: tuple[float | None, ...] = ()
+    verdict: Verdict | None = None
 
     @property
     def values(self) -> tuple[float | None, ...]:
@@ -62,6 +65,7 @@ class Row:
     these are of the first objective; ``means`` and ``stds`` are of each. ``violations`` has a number for each
     constraint, greater than 0 where the point's mean violates it and infinite where it has none; ``infeasible`` says
     which are violated, and how. ``last`` are the last values that pruned trials have reported.
+    ``verdicts`` counts those of the trials that were run again.
     """
 
     rank: int | None
@@ -77,6 +81,7 @@ class Row:
     violations: tuple[float, ...] = ()
     infeasible: tuple[str, ...] = ()
     last: tuple[float, ...] = ()
+    verdicts: Mapping[Verdict, int] = MappingProxyType({})
 
 
 def rank_points(
@@ -178,6 +183,11 @@ def incomplete(row: Row) -> str:
     return ", ".join(parts)
 
 
+def reproduced(row: Row) -> str:
+    """``3 EXACT``: the verdicts on trials that were run again; empty for none."""
+    return ", ".join(f"{count} {verdict}" for verdict, count in row.verdicts.items())
+
+
 def columns(rows: Sequence[Row]) -> list[str]:
     """The names of all params, in the order in which the trials have them."""
     names: dict[str, None] = {}
@@ -225,6 +235,7 @@ def _row(group: Sequence[Entry], directions: Sequence[Direction], constraints: S
         last=tuple(
             each.value for each in group if each.state is TrialState.PRUNED and each.value is not None
         ),
+        verdicts=Counter(each.verdict for each in group if each.verdict is not None),
     )
 
 

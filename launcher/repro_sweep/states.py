@@ -56,3 +56,12 @@ class StepKind(StrEnum):
     ASK = "ASK"
     MORE = "MORE"
     TELL = "TELL"
+
+
+class Verdict(StrEnum):
+    """Whether a trial came out the same when it was run again."""
+
+    EXACT = "EXACT"
+    WITHIN_TOLERANCE = "WITHIN TOLERANCE"
+    DIFFERS = "DIFFERS"
+    UNVERIFIABLE = "UNVERIFIABLE"

@@ -122,6 +122,7 @@ def prepare(
     directory = specification.directory_of(config, name)
     task_spec = specification.task_of(options, found)
     composition = specification.composition_with(config, loader, directory)
+    specification.check_overrides(composition.hydra_overrides, options.not_secret)
     composer = Composer(composition, loader=loader)
     if sweep_overrides:
         _check_confined(config, composer, task_overrides)
@@ -138,7 +139,7 @@ def prepare(
         command,
     )
     _check_startable(spec)
-    expansion = _Expansion(spec, TrialMaker(composer, task_spec.name, spec.repeats, task_overrides))
+    expansion = _Expansion(spec, TrialMaker(composer, task_spec.name, spec.repeats, task_overrides, spec))
     space = Space(
         params=options.params,
         zip_=options.zip,

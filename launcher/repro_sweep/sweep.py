@@ -101,6 +101,15 @@ class Source(Record):
     roots: tuple[str, ...]
 
 
+class Data(Record):
+    """Data that trials use: where it is, and a hash of it. ``files`` counts its files, ``size`` its bytes."""
+
+    uri: str
+    digest: str
+    files: int = 1
+    size: int = 0
+
+
 class Determinism(Record):
     """How chance is taken out of trials.
 
@@ -229,6 +238,8 @@ class SweepSpec(Record):
     with. ``detach``: the coordinator is a job of the executor's too. ``checkpoint_uri``: where checkpoints are kept of
     trials on machines that do not see ``directory``. ``source`` is what trials run from, frozen by ``source_rules``
     when the sweep was submitted. ``determinism``: how randomness in trials is seeded.
+    ``data``: what trials read, by name, with its fingerprint. ``reproduces``: the MLflow runs that its trials repeat.
+    ``not_secret``: keys whose names look like those of secrets, and which are none.
     """
 
     sweep_id: str
@@ -259,6 +270,9 @@ class SweepSpec(Record):
     source_rules: SourceRules = SourceRules()
     source: Source | None = None
     determinism: Determinism = Determinism()
+    data: dict[str, Data] = {}
+    reproduces: dict[int, str] = {}
+    not_secret: tuple[str, ...] = ()
 
     @property
     def ranked_by(self) -> str:

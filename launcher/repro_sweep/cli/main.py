@@ -19,6 +19,10 @@ COMMANDS = {
     "sync": "bring MLflow up to date with a sweep that is not running",
     "replay": "check that a search's record leads to the same suggestions again",
     "rank": "the ranking of a sweep, from MLflow",
+    "reproduce": "run a trial again from what MLflow has of it, and say whether it came out the same",
+    "export": "a trial as a folder that is complete in itself",
+    "diff": "two trials side by side: config, code, environment, data and metrics",
+    "card": "a reproducibility card of a sweep",
     "report": "a page with the figures of a sweep, from its ledger",
 }
 

@@ -84,6 +84,7 @@ def _point(row: Row, ranking: Ranking) -> dict[str, object]:
         "last_values": [_number(value) for value in row.last],
         "params": dict(row.params),
         "trials": list(row.trials),
+        "reproduced": {str(verdict): count for verdict, count in row.verdicts.items()},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from repro_sweep.standings import Row, columns, incomplete, mean_and_std
+from repro_sweep.standings import Row, columns, incomplete, mean_and_std, reproduced
 
 _LONG_NUMBER = 10
 """A sampler's numbers have up to 17 digits; JSON and CSV have all of them."""
@@ -19,6 +19,9 @@ def table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     failures = any(row.n < len(row.trials) for row in rows)
     if failures:
         head.append("not complete")
+    again = any(row.verdicts for row in rows)
+    if again:
+        head.append("reproduced")
     infeasible = any(row.infeasible for row in rows)
     if infeasible:
         head.append("")
@@ -28,6 +31,7 @@ def table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
         cells += map(mean_and_std, row.means, row.stds)
         cells += [str(row.n), _numbers(row.trials)]
         cells += [incomplete(row)] if failures else []
+        cells += [reproduced(row)] if again else []
         lines.append([*cells, violated(row)] if infeasible else cells)
     widths = [max(len(line[index]) for line in lines) for index in range(len(head))]
     return "\n".join(

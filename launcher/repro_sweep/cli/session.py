@@ -23,7 +23,7 @@ from repro_sweep.errors import LeaseLostError, ReproSweepError, SweepError
 from repro_sweep.executors import base as executors
 from repro_sweep.lease import Lease, holder_of
 from repro_sweep.ledger import Ledger
-from repro_sweep.provenance import source
+from repro_sweep.provenance import bundle
 from repro_sweep.server import Server
 from repro_sweep.tracking.process import TrackerProcess
 
@@ -38,8 +38,10 @@ _JOB_ENDS_S = 10.0
 _LOOK_S = 0.5
 
 
-def run(ledger: Ledger, name: str, record: Callable[[Ledger], None]) -> int:
+def run(ledger: Ledger, name: str, record: Callable[[Ledger], None], *, summary: bool = True) -> int:
     """Take a sweep's lease, ``record`` what is new in its ledger, and run it; returns the exit status.
+
+    ``summary``: print one at the end.
 
     Raises:
         ReproSweepError: it cannot be started, or cannot go on.
@@ -52,7 +54,7 @@ def run(ledger: Ledger, name: str, record: Callable[[Ledger], None]) -> int:
         raise
     os.environ.pop(KEPT, None)  # not for what this process starts
     try:
-        return asyncio.run(_Session(ledger, lease, kept=kept).run())
+        return asyncio.run(_Session(ledger, lease, kept=kept, summary=summary).run())
     except LeaseLostError as error:
         raise _superseded(Path(ledger.path).parent, name) from error
 
@@ -154,7 +156,8 @@ class _Coordinator(Coordinator):
 class _Session:
     """One run of a coordinator with everything around it."""
 
-    def __init__(self, ledger: Ledger, lease: Lease, *, kept: bool) -> None:
+    def __init__(self, ledger: Ledger, lease: Lease, *, kept: bool, summary: bool) -> None:
+        self._summary = summary
         self._kept = kept
         self._left = False
         self._spec = ledger.spec
@@ -184,9 +187,12 @@ class _Session:
             await server.start()
             async with Display(self._coordinator.progress):
                 self._lease.announce(server.path, server.tcp, server.token)
-                await self._pack()
+                bundling = asyncio.create_task(self._bundle())
+                if executors.ships_source(self._spec):
+                    await bundling
                 async with reusing(self._spec, self._coordinator, self._tracker) as self._reusing:
                     await self._coordinator.run(executors.create(self._spec, server.path))
+                await bundling
                 if not self._left:
                     await self._report()
                     left = await self._upload()
@@ -202,17 +208,21 @@ class _Session:
                 await self._coordinator.close()
         if self._left:
             return HANDED_OVER
-        failed = summarise(self._spec, self._coordinator.progress(), left, error)
+        failed = self._summary and summarise(self._spec, self._coordinator.progress(), left, error)
         return INTERRUPTED if self._interrupts or self._coordinator.abandoned else int(failed)
 
-    async def _pack(self) -> None:
-        """Have the source ready for machines that may not see this one's files."""
-        if executors.ships_source(self._spec):
-            trouble = await asyncio.to_thread(source.pack, self._spec)
-            if trouble is not None:
-                self._coordinator.warn(
-                    f"machines that do not see {self._spec.directory} cannot take part: {trouble}"
-                )
+    async def _bundle(self) -> None:
+        """Have what was submitted ready for MLflow, and for machines that may not see this one's files."""
+        if self._spec.source is None:  # of an older version
+            return
+        trouble = await asyncio.to_thread(bundle.write, self._spec)
+        if trouble is not None:
+            without = (
+                f"; machines that do not see {self._spec.directory} cannot take part"
+                if executors.ships_source(self._spec)
+                else ""
+            )
+            self._coordinator.warn(f"the source is not in MLflow: {trouble}{without}")
 
     async def _report(self) -> None:
         """Draw a search's report, which MLflow gets too, unless the user is in a hurry."""

@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -41,6 +41,7 @@ from omegaconf.grammar_parser import parse
 
 from repro_sweep.config.nodes import has_interpolation
 from repro_sweep.config.yamltext import to_yaml
+from repro_sweep.redaction import is_secret, secret_message
 
 _MISSING = "???"
 _MISSING_MESSAGE = "mandatory value is missing ('???')"
@@ -85,14 +86,15 @@ class Checked:
         return dict(_leaves(self.container, ""))
 
 
-def check(cfg: DictConfig, *, hydra: DictConfig | None = None) -> Checked:
+def check(cfg: DictConfig, *, hydra: DictConfig | None = None, not_secret: Collection[str] = ()) -> Checked:
     """Examine one composed config without starting anything.
 
     ``hydra`` is the hydra node it was composed with (``Composer.hydra``): with it, choices are
     resolved. What is only known when the job runs (its number, its directory) is no problem. Safe in any
-    thread; threads take turns where there are interpolations.
+    thread; threads take turns where there are interpolations. A text at a key that looks like a secret's is a
+    problem, but for the keys in ``not_secret``.
     """
-    examination = _Examination(hydra)
+    examination = _Examination(hydra, not_secret)
     container = examination.run(cfg)
     return Checked(yaml=to_yaml(cfg), container=container, problems=tuple(examination.problems.values()))
 
@@ -163,7 +165,8 @@ def _leaves(container: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, ob
 class _Examination:
     """One walk over one config."""
 
-    def __init__(self, hydra: DictConfig | None) -> None:
+    def __init__(self, hydra: DictConfig | None, not_secret: Collection[str]) -> None:
+        self._not_secret = not_secret
         self.problems: dict[tuple[str, str], Problem] = {}
         self._hydra = hydra
         self._unfilled: list[tuple[Node, InterpolationToMissingValueError]] = []
@@ -194,7 +197,11 @@ class _Examination:
             if value == _MISSING:
                 self._add(node, _MISSING_MESSAGE)
                 return None
-            return self._resolve(node, value) if "${" in value else value
+            if "${" in value:
+                return self._resolve(node, value)
+            if value and is_secret(str(state["_metadata"].key)):
+                self._refuse_secret(node)
+            return value
         if value is None or kind is int or kind is bool:
             return value
         if kind is dict and type(node) is DictConfig:
@@ -207,6 +214,12 @@ class _Examination:
         if isinstance(node, UnionNode) and isinstance(value, Node):
             return self._walk(value)
         return plain(value)
+
+    def _refuse_secret(self, node: Node) -> None:
+        """A value that would be kept in the ledger, in MLflow and in the frozen source."""
+        key = str(node._get_full_key(None))
+        if key not in self._not_secret:
+            self._add(node, secret_message(key))
 
     def _resolve(self, node: Node, text: str) -> Any:
         if id(node) in self._open:

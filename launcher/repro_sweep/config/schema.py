@@ -119,6 +119,8 @@ class SweepConf:
     min_free_mb: float = 100.0
     checkpoint_uri: str | None = None
     source: SourceConf = field(default_factory=SourceConf)
+    not_secret: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
     determinism: DeterminismConf = field(default_factory=DeterminismConf)
     reuse: bool = True
     detach: bool = False

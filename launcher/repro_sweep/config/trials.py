@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from repro_sweep.config.identity import check, identity
 from repro_sweep.errors import CompositionError
 from repro_sweep.points import Point
 from repro_sweep.records import NewTrial
+from repro_sweep.sweep import SweepSpec
 
 SUBDIR = "trials/${hydra.job.num}"
 """``hydra.sweep.subdir``, unless the user sets another."""
@@ -28,11 +30,20 @@ class TrialMaker:
         repeats: the keys over which results are averaged.
         overrides: the task's overrides from the command line: rankings show what they set for all trials, as another
             command may set something else.
+        spec: the sweep's: fingerprints of what the trials read (other data make other trials), and what is no secret.
     """
 
     def __init__(
-        self, composer: Composer, task: str, repeats: Sequence[str], overrides: Sequence[str]
+        self,
+        composer: Composer,
+        task: str,
+        repeats: Sequence[str],
+        overrides: Sequence[str],
+        spec: SweepSpec,
     ) -> None:
+        digests = {name: each.digest for name, each in sorted(spec.data.items())}
+        self._data = json.dumps(digests) if digests else ""
+        self._not_secret = frozenset(spec.not_secret)
         self._composer = composer
         self._task = task
         self._repeats = repeats
@@ -46,14 +57,14 @@ class TrialMaker:
             CompositionError: its config cannot be used; a line for each problem.
         """
         config = self._composer.compose(point.overrides)
-        checked = check(config, hydra=self._composer.hydra(point.overrides))
+        checked = check(config, hydra=self._composer.hydra(point.overrides), not_secret=self._not_secret)
         if checked.problems:
             raise CompositionError("\n".join(str(problem) for problem in checked.problems))
         fixed = {key: value for key, value in self._fixed.items() if key not in point.repeat}
         return NewTrial(
             number=number,
-            identity=identity(self._task, checked.container),
-            point=identity(self._task, _without(checked.container, self._repeats)),
+            identity=identity(self._task, checked.container, data=self._data),
+            point=identity(self._task, _without(checked.container, self._repeats), data=self._data),
             directory=self._directory(point, number),
             overrides=point.overrides,
             params={**point.params, **fixed},

@@ -23,6 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from repro_sweep import machine
 from repro_sweep.errors import SweepError
 from repro_sweep.executors.base import (
@@ -260,7 +262,7 @@ class RayExecutor(Executor):
             "resources": dict(options.resources) or None,
             "memory": self._need.get("memory"),
             "scheduling_strategy": options.scheduling_strategy,
-            "runtime_env": dict(options.runtime_env) or None,
+            "runtime_env": _resolved(options.runtime_env) or None,
         }
         here = self._have() if self._here is not None else {}
         order = {
@@ -277,15 +279,20 @@ class RayExecutor(Executor):
                 "gpus": spec.resources.gpus,
             },
         }  # fmt: skip
-        command = [sys.executable, "-P", "-m", _DRIVER, json.dumps(order)]
+        command = [sys.executable, "-P", "-m", _DRIVER]
         command += ["--log", str(self._directory / log_name)] if log_name is not None else []
         try:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
                 env={**_TRY_FOR_S, **os.environ, **(_LOOPBACK_ONLY if options.address is None else {})},
             )  # fmt: skip
         except OSError as error:
             raise SweepError(f"sweep/executor=ray: the driver cannot be started: {error}") from error
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended, and its reader will see that
+            process.stdin.write(json.dumps(order) + "\n")  # it may hold secrets, as no command line must
+            process.stdin.flush()
+        return process
 
     def _repeat(self) -> None:
         """Tell a new driver what the last one may not have done."""
@@ -373,6 +380,13 @@ class RayExecutor(Executor):
             f"no node can hold {what} {_described(self._need)} (sweep.resources, {_WHERE}.resources{also});"
             f" the most that any of {len(nodes)} nodes has is {_described(most)}"
         )
+
+
+def _resolved(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+    """With the secrets, which the sweep's record does not have."""
+    found = OmegaConf.to_container(OmegaConf.create(dict(runtime_env)), resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def need(options: Options, context: Context) -> dict[str, float]:

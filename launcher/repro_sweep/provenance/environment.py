@@ -126,6 +126,12 @@ def _package(found: metadata.Distribution) -> Package:
     )
 
 
+def editable_folder(found: metadata.Distribution) -> str | None:
+    """Where a distribution lies that was installed to be edited; None for others."""
+    url = _editable(found.read_text("direct_url.json"))
+    return None if url is None else url.removeprefix("file://")
+
+
 def _editable(direct_url: str | None) -> str | None:
     try:
         about: dict[str, Any] = json.loads(direct_url or "{}")

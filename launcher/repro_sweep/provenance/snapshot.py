@@ -70,6 +70,29 @@ class Snapshot:
             raise SweepError(f"the sweep's source is not in {folder}: {error}") from error
 
 
+def ident_of(folder: Path) -> str:
+    """The id of the snapshot whose files lie in a folder, from what they hold; links are not part of it."""
+    files = {}
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in names:
+            path = Path(parent, name)
+            if path.is_symlink() or path.parent == folder:
+                continue
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[path.relative_to(folder).as_posix()] = _File(
+                str(path), digest, bool(path.stat().st_mode & stat.S_IXUSR)
+            )
+    return _ident(dict(sorted(files.items())))
+
+
+def _ident(files: Mapping[str, _File]) -> str:
+    return _digest(
+        "\0\0".join(f"{name}\0{file.digest}\0{int(file.runnable)}" for name, file in files.items())
+    )
+
+
 STORE_NAME = ".source"
 
 
@@ -127,9 +150,7 @@ class _Taking:
 
     def take(self, roots: Sequence[Path]) -> Snapshot:
         files = dict(sorted(each for number, root in enumerate(roots) for each in self._below(root, number)))
-        ident = _digest(
-            "\0\0".join(f"{name}\0{file.digest}\0{int(file.runnable)}" for name, file in files.items())
-        )
+        ident = _ident(files)
         about = {
             "id": ident,
             "roots": [str(root) for root in roots],

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repro_sweep.exchange import ARCHIVE_NAME
 from repro_sweep.sweep import SweepSpec
 
 _SCHEME = "file://"
@@ -134,22 +133,23 @@ def _is_output(path: Path) -> bool:
 # --- to other machines -----------------------------------------------------------------------------------------
 
 
-def pack(spec: SweepSpec) -> str | None:
-    """Write a sweep's frozen source to an archive in its directory; returns why that cannot be."""
+def pack(spec: SweepSpec) -> tuple[Path, str | None]:
+    """Write a sweep's frozen source to an archive beside it, unless it is there; and why it cannot be packed."""
     assert spec.source is not None
     folder = Path(spec.source.folder)
-    archive = Path(spec.directory) / ARCHIVE_NAME
-    archive.unlink(missing_ok=True)
+    archive = folder.with_name(f"{folder.name}.tar.gz")
+    if archive.exists():
+        return archive, None
     # what is linked is not frozen, and not there on other machines
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_linked(path, folder)]
     if sum(file.stat().st_size for file in files) > _LARGEST_MB * 1e6:
-        return f"the files of the project take more than {_LARGEST_MB} MB"
-    partial = archive.with_name(f".{ARCHIVE_NAME}.partial")
+        return archive, f"the files of the project take more than {_LARGEST_MB} MB"
+    partial = archive.with_name(f".{archive.name}.{os.getpid()}.partial")
     with tarfile.open(partial, "w:gz", compresslevel=1, dereference=True) as tar:
         for file in files:
             tar.add(file, str(file.relative_to(folder)), recursive=False)
     partial.replace(archive)
-    return None
+    return archive, None
 
 
 def _is_linked(path: Path, folder: Path) -> bool:

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import Reused
+from repro_sweep.redaction import redacted
 from repro_sweep.standings import constraints_of
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking.encoding import PREFIX, restored, safe_key
 from repro_sweep.tracking.process import TrackerProcess
 from repro_sweep.tracking.store import FinishedRun, Store, Unavailable, one_line
-from repro_sweep.tracking.uri import is_http, redacted, sqlite_path
+from repro_sweep.tracking.uri import is_http, sqlite_path
 
 _SERVER_S = 30.0
 _FILE_S = 120.0  # importing MLflow from a cold or distant disk may take a minute, and here there is something to find

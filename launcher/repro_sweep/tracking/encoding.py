@@ -27,6 +27,8 @@ PREFIX = "repro_sweep."
 CONFIG_ARTIFACT = "repro_sweep/config.yaml"
 OVERRIDES_ARTIFACT = "repro_sweep/overrides.yaml"
 RECORD_ARTIFACT = "repro_sweep/trial.json"
+FOLDER = "repro_sweep"
+"""Where the artifacts are that repro-sweep makes itself."""
 
 KEY_LIMIT = 250
 PARAM_LIMIT = 6000
@@ -217,6 +219,7 @@ def fixed_tags(spec: SweepSpec, trial: Trial, parent_run: str) -> dict[str, str]
             repeat=_fitting(trial.repeat),
             overrides=_fitting(trial.overrides),
         ),
+        **(_prefixed(reproduces=spec.reproduces[trial.number]) if trial.number in spec.reproduces else {}),
     }
 
 
@@ -228,6 +231,28 @@ def record_of(trial: Trial) -> str | None:
         if any(len(clean(canonical(value))) > TAG_LIMIT for value in record.values())
         else None
     )
+
+
+def provenance_tags(record: str) -> dict[str, str]:
+    """What of a trial's own record (``provenance.record``) runs are looked for by; the rest is an artifact."""
+    try:
+        about = json.loads(record)
+        environment = about["environment"]
+        gpus = sorted({gpu["model"] for gpu in environment["gpus"]}) if about["gpus_seen"] else []
+        return _prefixed(
+            seed="" if about["facts"]["seed"] is None else str(about["facts"]["seed"]),
+            snapshot=about["snapshot"] or "",
+            python=environment["python"],
+            cpu=environment["cpu"] or "",
+            gpu=", ".join(gpus),
+        )
+    except (ValueError, KeyError, TypeError):  # of another version
+        return {}
+
+
+def bundle_path(snapshot: str, name: str) -> str:
+    """Where a file of what was submitted is in the sweep's run; one place for each state of the source."""
+    return f"{FOLDER}/submissions/{snapshot[:16]}/{name}"
 
 
 def status(trial: Trial) -> str:

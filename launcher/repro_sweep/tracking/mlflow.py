@@ -326,6 +326,7 @@ class MlflowTracker(Tracker):
                 ],
                 cleared=self._cleared,
                 report=self._log.meta("report") or "",
+                bundle=self._log.meta("bundle") or "",
             )
         assert self._place is not None
         work = load_work(self._ledger, self._spec, row)
@@ -361,6 +362,8 @@ class MlflowTracker(Tracker):
             self._closed = upload.closing
             if upload.report != (self._log.meta("report") or ""):
                 self._log.set_meta(report=upload.report)
+            if upload.bundle != (self._log.meta("bundle") or ""):
+                self._log.set_meta(bundle=upload.bundle)
             if upload.found:  # this sweep has runs already, and the notes about them are lost
                 self._search_always()
         elif isinstance(upload, TrialUpload) and upload.incomplete:

@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from repro_sweep.redaction import redacted
+from repro_sweep.sweep import Data
 from repro_sweep.tracking.embedded import SharedTransactions
 from repro_sweep.tracking.encoding import Point, digest
 from repro_sweep.tracking.uri import ARTIFACTS, sqlite_path
 
 _METRICS_PER_BATCH = 1000
 _KEYS_PER_BATCH = 100
+_DIGEST = 36
+"""Characters of a data set's digest that MLflow takes."""
 _PAGE = 1000
 _BATCH_BYTES = 500_000  # MLflow refuses requests over 1 MB
 
@@ -275,6 +279,27 @@ class Store:
             if not self.embedded:  # there they are not stored yet
                 with self._counting:
                     self._moved += len(some_points)
+
+    def log_data(self, run_id: str, data: Mapping[str, Data]) -> None:
+        """Log what a run reads as its inputs; those that it has already are found again."""
+        from mlflow.entities import Dataset, DatasetInput
+
+        if not data:
+            return
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=name,
+                    digest=each.digest.removeprefix("md5:")[:_DIGEST],
+                    source_type="uri",
+                    source=json.dumps({"uri": redacted(each.uri)}),
+                    profile=json.dumps({"files": each.files, "bytes": each.size, "digest": each.digest}),
+                )
+            )
+            for name, each in data.items()
+        ]
+        with self._asking():
+            self._store().log_inputs(run_id, inputs)
 
     def missing(self, run_id: str, points: Sequence[Point]) -> list[Point]:
         """Those of the points that the run does not have."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from repro_sweep.exchange import LOG_NAME
+from repro_sweep.exchange import BUNDLE, BUNDLE_ID, LOG_NAME, RECORD_NAME
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import Attempt, Trial
 from repro_sweep.states import TrialState
@@ -168,11 +168,15 @@ class TrialUpload(Upload):
             points = self._store.missing(sent.run_id, points)
         params = {} if sent.basics else encoding.params_of(trial.config)
         tags = encoding.state_tags(trial, work.attempts) if self._changed else {}
+        if self._ends:
+            tags |= encoding.provenance_tags(_read(self._folder / RECORD_NAME))
         if self._changed and not sent.basics:  # found on the server: its parent may be another one by now
             tags |= encoding.fixed_tags(work.spec, trial, self._place.parent_run)
             del tags["mlflow.runName"]
         # A param that the task itself has logged with another value stays as it is.
         _log(self._store, sent.run_id, points, params, tags)
+        if not sent.basics:
+            self._store.log_data(sent.run_id, work.spec.data)
         sent.seq = work.seq
 
     def put_files(self) -> None:
@@ -183,7 +187,7 @@ class TrialUpload(Upload):
             self._put_basics(uri)
             self.sent.basics = True
         if self._ends and self._work.latest is not None and self.sent.final != self._work.latest.id:
-            for path, file in _files(self._work.spec.trial_directory(self._trial.directory)):
+            for path, file in _files(self._folder):
                 self._store.put_file(uri, artifact_name(path), file)
 
     def conclude(self) -> None:
@@ -201,6 +205,10 @@ class TrialUpload(Upload):
         elif self._changed or trial.state is TrialState.WAITING:
             self._store.set_status(sent.run_id, status, ended_ms=None)
         sent.change = trial.change
+
+    @property
+    def _folder(self) -> Path:
+        return self._work.spec.trial_directory(self._trial.directory)
 
     @property
     def incomplete(self) -> bool:
@@ -248,7 +256,8 @@ class SweepUpload(Upload):
     ``suspects`` are trials whose run may exist twice: number, identity and right run; when the sweep is closed the
     others are deleted, and the trial's number is added to ``cleared``. ``found``: a run of this sweep was there that
     ``sent`` knows nothing of. ``report`` is the fingerprint of the report that is there, empty where there is none; a
-    newer one is sent when the sweep is closed.
+    newer one is sent when the sweep is closed. ``bundle`` is the same for what was submitted (``provenance.bundle``),
+    which is sent as soon as it is there.
     """
 
     def __init__(
@@ -263,6 +272,7 @@ class SweepUpload(Upload):
         suspects: Sequence[tuple[int, str, str]],
         cleared: set[int],
         report: str = "",
+        bundle: str = "",
     ) -> None:
         self._store = store
         self._spec = spec
@@ -273,6 +283,7 @@ class SweepUpload(Upload):
         self.sent = sent
         self.place = place
         self.report = report
+        self.bundle = bundle
         self.found = False
 
     def record(self) -> None:
@@ -290,10 +301,13 @@ class SweepUpload(Upload):
         assert self.sent.run_id is not None
         # A sweep that was submitted again with other options keeps its params: MLflow changes none. Its tags are new.
         _log(self._store, self.sent.run_id, [], params, tags)
+        if self.place is None:
+            self._store.log_data(self.sent.run_id, self._spec.data)
         self.place = Place(experiment=experiment, parent_run=self.sent.run_id)
 
     def put_files(self) -> None:
         """See :meth:`Upload.put_files`."""
+        self._put_bundle()
         file = Path(self._spec.directory) / REPORT
         if not (self.closing and file.is_file()):
             return
@@ -302,6 +316,18 @@ class SweepUpload(Upload):
         if fingerprint != self.report:
             self._store.put_file(self.sent.artifact_uri, REPORT, file)
             self.report = fingerprint
+
+    def _put_bundle(self) -> None:
+        folder = Path(self._spec.directory) / BUNDLE
+        ident = _read(folder / BUNDLE_ID)
+        if not ident or ident == self.bundle:
+            return
+        assert self.sent.artifact_uri is not None
+        snapshot = ident.partition(" ")[0]
+        for file in sorted(folder.iterdir()):
+            if file.name != BUNDLE_ID:
+                self._store.put_file(self.sent.artifact_uri, encoding.bundle_path(snapshot, file.name), file)
+        self.bundle = ident
 
     def conclude(self) -> None:
         """See :meth:`Upload.conclude`."""
@@ -356,10 +382,13 @@ def _log(
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The log of a trial and its artifacts: paths in the run, and files."""
+    """The log of a trial, its record and its artifacts: paths in the run, and files."""
     log = folder / LOG_NAME
     if log.is_file():
         yield LOG_NAME, log
+    record = folder / RECORD_NAME
+    if record.is_file():
+        yield f"{encoding.FOLDER}/{RECORD_NAME}", record
     root = folder / _ARTIFACTS
     for parent, folders, names in os.walk(root):
         folders.sort()
@@ -367,8 +396,16 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
             file = Path(parent) / name
             if file.is_file():
                 path = file.relative_to(root).as_posix()
-                reserved = path == LOG_NAME or path.startswith("repro_sweep/")
+                reserved = path == LOG_NAME or path.startswith(f"{encoding.FOLDER}/")
                 yield (f"{_ARTIFACTS}/{path}" if reserved else path), file
+
+
+def _read(file: Path) -> str:
+    """A file's text; empty where there is none."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
 
 
 def _trial_search(spec: SweepSpec, identity: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from repro_sweep.errors import TrackingError
+from repro_sweep.redaction import redacted
 
 ENVIRONMENT = "MLFLOW_TRACKING_URI"
 EMBEDDED = "mlflow.db"
@@ -17,6 +18,14 @@ ARTIFACTS = "mlartifacts"
 
 _DATABASES = ("postgresql", "mysql", "mssql")
 _ALLOWED = "allowed are http://…, https://…, sqlite:///PATH, postgresql://…, mysql://… and mssql://…"
+_IN_ENVIRONMENT = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+_PASSWORD = {
+    "http": _IN_ENVIRONMENT,
+    "https": _IN_ENVIRONMENT,
+    "postgresql": "set PGPASSWORD or write ~/.pgpass instead",
+    "mysql": "put it into the driver's own configuration instead",
+    "mssql": "put it into the driver's own configuration instead",
+}
 _SQLITE = re.compile(r"sqlite:(?P<slashes>/*)(?P<path>[^?]*)(?P<query>\?.*)?", re.DOTALL)
 
 
@@ -50,6 +59,10 @@ def checked_uri(uri: str, *, where: str, cwd: Path) -> str:
         if base in {"", "file"}:
             hint = " (MLflow's stores of plain files are being retired: use sqlite:///PATH/mlflow.db)"
         raise TrackingError(f"{where}: {redacted(uri)!r} is no supported MLflow URI{hint}; {_ALLOWED}")
+    if parts.password:
+        raise TrackingError(
+            f"{where}: {redacted(uri)!r} holds a password, which would be kept in records; {_PASSWORD[base]}"
+        )
     if not parts.hostname or any(character.isspace() for character in uri):
         raise TrackingError(f"{where}: {redacted(uri)!r} names no host; {_ALLOWED}")
     return uri.rstrip("/") if base in {"http", "https"} else uri
@@ -64,11 +77,6 @@ def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite store; None for all others."""
     match = _SQLITE.fullmatch(uri)
     return None if match is None else Path("/" + match["path"].lstrip("/"))
-
-
-def redacted(uri: str) -> str:
-    """``uri`` without a password, for messages."""
-    return re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
 def check_writable(uri: str) -> None:

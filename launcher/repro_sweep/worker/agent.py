@@ -21,8 +21,11 @@ from typing import Any
 
 from repro_sweep import host, protocol, spool
 from repro_sweep.errors import ProtocolError, SweepError
+from repro_sweep.provenance.data import Guard
+from repro_sweep.provenance.snapshot import STORE_NAME
 from repro_sweep.states import FailureKind
 from repro_sweep.sweep import SweepSpec
+from repro_sweep.worker import recorder
 from repro_sweep.worker.attempt import Part, Run, failure
 from repro_sweep.worker.checkpoints import CheckpointError
 from repro_sweep.worker.client import CoordinatorLostError
@@ -116,12 +119,13 @@ class Agent:
             self._link.close()
             return False
         self._spec = SweepSpec.model_validate_json(here)
+        self._data = Guard(self._spec.data, Path(self._spec.directory).parent / STORE_NAME)
         self._nursery = self._make_nursery(here)
         slots = [
             threading.Thread(target=self._slot, args=(slot,), daemon=True, name=f"slot {slot}")
             for slot in range(len(self._gpus))
         ]
-        for target in (self._send_reports, self._send_heartbeats):
+        for target in (self._send_reports, self._send_heartbeats, recorder.look):
             threading.Thread(target=target, daemon=True, name=target.__name__).start()
         for thread in slots:
             thread.start()
@@ -345,11 +349,19 @@ class Agent:
         if self._stopping.is_set():
             run.kill(FailureKind.CANCELLED)
         try:
+            changed = self._data.look()
+            if changed is not None:
+                raise SweepError(changed)
             with self._site.visit(assignment, self._link, self._spec):
+                started_at = time.time()
                 result = run.run()
                 ended_at = time.time()
+                span = started_at, ended_at
+                recorder.write(run.directory, self._spec, assignment, run.facts, run.gpus, span)
         except CheckpointError as error:
             result = failure(FailureKind.NODE_LOST, str(error))
+        except SweepError as error:
+            result = failure(FailureKind.EXCEPTION, str(error))
         except Exception as error:
             log.exception("trial %d", assignment.trial)
             run.kill(FailureKind.EXCEPTION)

@@ -76,7 +76,7 @@ class Run:
         self.directory = Path(assignment.directory)
         self._log_limit = int(spec.log_limit_mb * 1_000_000)
         self._limits = spec.limits
-        self._gpus = gpus
+        self.gpus = gpus
         self._child: Child | None = None
         self._channel: socket.socket | None = None
         self._saying = threading.Lock()
@@ -88,6 +88,8 @@ class Run:
         self._oom_kills = oom.kills()
         self._result: dict[str, Any] | None = None
         self.reported = False
+        self.facts: dict[str, Any] | None = None
+        """What its process said of itself at its end."""
         self.over_at: float | None = None
         """When its end was known, in seconds UTC."""
 
@@ -171,7 +173,7 @@ class Run:
             "config": assignment.config,
             "identity": assignment.identity,
             "directory": str(self.directory),
-            "gpus": list(self._gpus),
+            "gpus": list(self.gpus),
             "rank": 0 if self._part is None else self._part.rank,
             "environment": {} if self._part is None else dict(self._part.environment),
         }
@@ -236,6 +238,7 @@ class Run:
             elif "run" in message:
                 self._say(self._desk.find_run(self._assignment.attempt))
             elif "imported" in message:
+                self.facts = message["facts"]
                 self._nursery.preload(message["imported"])
             else:
                 self._result = message["result"]

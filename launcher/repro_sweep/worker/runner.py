@@ -34,7 +34,7 @@ from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking import inside
 from repro_sweep.tracking.base import RunRef
-from repro_sweep.worker import preload, seeding, threads, trial
+from repro_sweep.worker import preload, recorder, seeding, threads, trial
 from repro_sweep.worker.attempt import FULL_DISK
 from repro_sweep.worker.logs import JobLogging
 from repro_sweep.worker.returned import final_metrics
@@ -106,7 +106,7 @@ class Runner:
         trial.enter(context)
         known = preload.imported()
         result = self._result(message, context)
-        context.send(imported=sorted(preload.imported() - known))
+        context.send(imported=sorted(preload.imported() - known), facts=recorder.facts(context.seed))
         context.send(result=result)
         _exit()
 

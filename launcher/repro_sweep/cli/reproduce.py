@@ -1,0 +1,278 @@
+"""``repro-sweep reproduce TRIAL``: runs a trial again, from MLflow alone, and says whether it came out the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repro_sweep.cli.arguments import Parser
+from repro_sweep.cli.main import INTERRUPTED, say
+from repro_sweep.states import Verdict
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from repro_sweep.originals import Original
+    from repro_sweep.reproducing import Repetition, Result
+
+STATUS = {Verdict.EXACT: 0, Verdict.WITHIN_TOLERANCE: 3, Verdict.DIFFERS: 4, Verdict.UNVERIFIABLE: 5}
+"""The exit status for each verdict; of several the first one of :data:`_WORST`."""
+_WORST = (Verdict.DIFFERS, Verdict.UNVERIFIABLE, Verdict.WITHIN_TOLERANCE, Verdict.EXACT)
+_FOLDER = "reproduced"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit status.
+
+    Raises:
+        ReproSweepError: there is no such trial, MLflow cannot be read, or the repetition cannot run.
+    """
+    parser = Parser(
+        prog="repro-sweep reproduce",
+        description="Runs a trial again, from what MLflow has of it alone, and compares every metric at every step.",
+        epilog="Exit status: 0 EXACT, 3 WITHIN TOLERANCE, 4 DIFFERS, 5 UNVERIFIABLE; 2 something to correct first.",
+    )
+    parser.add_argument(
+        "what", nargs="+", metavar="TRIAL",
+        help="SWEEP/NUMBER, 'best of SWEEP', or the id of an MLflow run; with --all a sweep's name. Overrides such as"
+        " sweep/executor=slurm sweep.executor.partition=gpu may follow",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="all trials of a sweep that have a result")
+    parser.add_argument("--rtol", type=_tolerance, default=0.0, metavar="R", help="relative tolerance")
+    parser.add_argument(
+        "--env", action="store_true", help="build the recorded Python environment first, with venv and pip"
+    )
+    parser.add_argument(
+        "--anyway", action="store_true", help="run in this Python environment although it is another one"
+    )
+    parser.add_argument("--directory", type=Path, help=f"where to work (default: a new folder in {_FOLDER}/)")
+    parser.add_argument("--format", choices=["text", "json"], default="text")
+    parser.add_argument(
+        "--uri", help="the MLflow tracking URI (default: MLFLOW_TRACKING_URI, else mlflow.db here)"
+    )
+    args = parser.parse_args(arguments)
+
+    from repro_sweep import originals
+    from repro_sweep.results import reading_uri
+    from repro_sweep.specification import executor_of
+
+    uri = reading_uri(args.uri)
+    overrides = [word for word in args.what if "=" in word]
+    name = " ".join(word for word in args.what if "=" not in word)
+    executor = executor_of(overrides) if overrides else None
+    wanted = originals.all_of(name, uri) if args.all else [originals.find(name, uri)]
+    results: list[Result] = []
+    for result in _results(list(originals.load(wanted)), args, uri, executor):
+        _record(result, uri)
+        results.append(result)
+        if args.format == "text":
+            print(_text(result), flush=True)
+    if args.format == "json":
+        json.dump([_document(result) for result in results], sys.stdout, indent=2)
+        print()
+    elif len(results) > 1:
+        counts = Counter(result.verdict for result in results)
+        parts = [f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]]
+        print(f"{name}: {', '.join(parts)} of {len(results)}")
+    return STATUS[next(each for each in _WORST if any(result.verdict is each for result in results))]
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _results(
+    found: Sequence[Original], args: Namespace, uri: str, executor: tuple[str, dict[str, object]] | None
+) -> Iterator[Result]:
+    from repro_sweep import reproducing
+
+    whole = []
+    for each in found:
+        lacking = reproducing.unverifiable(each)
+        if lacking is None:
+            whole.append(each)
+        else:
+            yield lacking
+    for group in reproducing.groups(whole):
+        yield from _repeat(group, args, uri, executor)
+
+
+def _repeat(
+    group: Sequence[Original], args: Namespace, uri: str, executor: tuple[str, dict[str, object]] | None
+) -> Iterator[Result]:
+    from repro_sweep import reproducing
+    from repro_sweep.errors import SweepError
+    from repro_sweep.provenance import environment
+    from repro_sweep.reproducing import Result
+
+    record = group[0].record
+    assert record is not None
+    directory = _new_directory(args.directory, group[0])
+    other = reproducing.check_environment(record, environment.inspect())
+    if other and args.env:
+        yield from _elsewhere(group, args, uri, directory)
+        return
+    if other and not args.anyway:
+        reasons = (*other, "build the recorded environment with --env, or run in this one with --anyway")
+        for each in group:
+            yield Result(original=each, verdict=Verdict.UNVERIFIABLE, reasons=reasons)
+        return
+    command = shlex.join(["repro-sweep", *sys.argv[1:]])
+    try:
+        made = reproducing.rebuild(group, directory, executor, uri=uri, command=command)
+    except SweepError as error:
+        reproducing.discard(directory)
+        for each in group:
+            yield Result(original=each, verdict=Verdict.UNVERIFIABLE, reasons=(str(error),))
+        return
+    for note in made.notes:
+        say(note)
+    trouble = reproducing.check_data(made.spec)
+    if trouble:
+        reproducing.discard(directory)
+        for each in group:
+            yield Result(original=each, verdict=Verdict.UNVERIFIABLE, reasons=tuple(trouble))
+        return
+    yield from _run(made, args, other)
+
+
+def _run(made: Repetition, args: Namespace, other: Sequence[str]) -> Iterator[Result]:
+    from dataclasses import replace
+
+    from repro_sweep import reproducing
+    from repro_sweep.cli import session
+    from repro_sweep.executors import base as executors
+    from repro_sweep.ledger import Ledger
+    from repro_sweep.results import runs_of
+
+    spec = made.spec
+    directory = Path(spec.directory)
+    outlook = executors.create(spec).outlook(len(made.trials))
+    if outlook.problems:
+        from repro_sweep.errors import SweepError
+
+        reproducing.discard(directory)
+        raise SweepError("\n".join(outlook.problems))
+    for name, value in made.variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    ledger = Ledger.create(directory, spec, shared=executors.is_spread(spec))
+
+    def record(ledger: Ledger) -> None:
+        ledger.add_trials(made.trials)
+        ledger.commit()
+        count = len(made.trials)
+        say(f"runs {'a trial' if count == 1 else f'{count} trials'} again, in {directory}")
+
+    if session.run(ledger, spec.name, record, summary=False) == INTERRUPTED:
+        raise KeyboardInterrupt
+    runs = runs_of(spec.sweep_id, spec.tracking.uri)
+    ledger = Ledger.open(directory, readonly=True)
+    try:
+        for number, original in made.originals.items():
+            result = reproducing.judge(original, ledger, rtol=args.rtol, allowed=other)
+            yield replace(result, run_id=runs.get(number))
+    finally:
+        ledger.close()
+
+
+def _elsewhere(group: Sequence[Original], args: Namespace, uri: str, directory: Path) -> Iterator[Result]:
+    """Do it in an environment that is built for it, by the same command there."""
+    from repro_sweep.provenance import venv
+    from repro_sweep.reproducing import Result
+
+    record = group[0].record
+    assert record is not None
+    directory.mkdir(parents=True, exist_ok=True)
+    say(f"builds the recorded environment in {directory / 'venv'}")
+    python = venv.build(record.environment, directory / "venv")
+    overrides = [word for word in args.what if "=" in word]
+    for each in group:
+        command = [
+            str(python), "-P", "-m", "repro_sweep.cli.main", "reproduce", each.trial.run_id, *overrides,
+            "--uri", uri, "--rtol", str(args.rtol), "--format", "json",
+            "--directory", str(directory / str(each.trial.number)),
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        try:
+            [said] = json.loads(done.stdout)
+        except ValueError:
+            reasons = (f"the command in {python} has ended with status {done.returncode}",)
+            yield Result(original=each, verdict=Verdict.UNVERIFIABLE, reasons=reasons)
+            continue
+        yield Result(
+            original=each, verdict=Verdict(said["verdict"]), reasons=tuple(said["reasons"]),
+            differences=tuple(said["differences"]), run_id=said["run_id"],
+        )  # fmt: skip
+
+
+def _new_directory(wanted: Path | None, first: Original) -> Path:
+    from repro_sweep.errors import SweepError
+
+    if wanted is not None:
+        if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+            raise SweepError(f"--directory: {wanted} is not empty")
+        return wanted.absolute()
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    base = Path.cwd() / _FOLDER / f"{first.sweep.name}-{stamp}"
+    directory, count = base, 1
+    while directory.exists():
+        count += 1
+        directory = base.with_name(f"{base.name}-{count}")
+    return directory
+
+
+def _record(result: Result, uri: str) -> None:
+    """Note the verdict at the original's run; that nothing could be verified here takes no earlier verdict back."""
+    from repro_sweep.errors import TrackingError
+    from repro_sweep.results import set_tags, tags_of
+
+    run_id = result.original.trial.run_id
+    try:
+        if result.verdict is Verdict.UNVERIFIABLE and tags_of(run_id, uri).get("reproduced"):
+            return
+        set_tags(run_id, {"reproduced": result.verdict, "reproduced_by": result.run_id or ""}, uri)
+    except TrackingError as error:
+        say(f"the verdict cannot be noted in MLflow: {error}")
+
+
+def _text(result: Result) -> str:
+    lines = [f"{result.original.name}: {result.verdict}"]
+    found = result.comparison
+    if found is not None and found.values:
+        lines[0] += f" ({found.values} values)" if found.first is None else f": {found.first}"
+    lines += [f"  {reason}" for reason in result.reasons]
+    if result.differences:
+        lines += ["  what is different here:", *(f"    {each}" for each in result.differences)]
+    if result.run_id is not None:
+        lines.append(f"  run {result.run_id} beside {result.original.trial.run_id}")
+    return "\n".join(lines)
+
+
+def _document(result: Result) -> dict[str, Any]:
+    found = result.comparison
+    first = None if found is None or found.first is None else found.first
+    return {
+        "trial": result.original.name,
+        "run_id": result.run_id,
+        "original_run_id": result.original.trial.run_id,
+        "verdict": result.verdict,
+        "values": 0 if found is None else found.values,
+        "first_difference": first
+        and {"metric": first.metric, "step": first.step, "was": first.was, "now": first.now},
+        "reasons": list(result.reasons),
+        "differences": list(result.differences),
+    }

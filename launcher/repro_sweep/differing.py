@@ -1,0 +1,125 @@
+"""Two trials side by side: config, code, environment, data and metrics."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from repro_sweep.comparison import compare
+from repro_sweep.originals import Original, curves
+from repro_sweep.provenance import source
+from repro_sweep.reproducing import check_environment, differences
+from repro_sweep.tracking.encoding import params_of
+
+_LARGEST_TEXT = 1_000_000
+_SECTIONS = ("config", "code", "environment", "data", "metrics")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Something that differs; None: it is not there. ``text`` is a unified diff, for code."""
+
+    what: str
+    one: str | None
+    other: str | None
+    text: str = ""
+
+
+def diff(one: Original, other: Original) -> dict[str, list[Line]]:
+    """All differences by section; empty where there are none. What MLflow lacks of either is a line of its own."""
+    found: dict[str, list[Line]] = {name: [] for name in _SECTIONS}
+    found["config"] = list(_mapping(params_of(one.config or "{}"), params_of(other.config or "{}")))
+    found["code"] = list(_code(one, other))
+    if one.record is not None and other.record is not None:
+        told = (
+            *check_environment(one.record, other.record.environment),
+            *differences(one.record, other.record),
+        )
+        found["environment"] = [_told(line) for line in told]
+        found["environment"] += _mapping(one.record.facts.variables, other.record.facts.variables)
+        seeds = (str(each.record.facts.seed) for each in (one, other) if each.record is not None)
+        found["config"] += _mapping({"(seed)": next(seeds)}, {"(seed)": next(seeds)})
+        digests = (
+            {name: f"{data.uri} {data.digest}" for name, data in each.data.items()}
+            for each in (one.record, other.record)
+        )
+        found["data"] = list(_mapping(next(digests), next(digests)))
+    else:
+        lacking = [_lacking(each) for each in (one, other)]
+        found["environment"] = [Line(what="record", one=lacking[0], other=lacking[1])]
+    finals = [{name: repr(value) for name, value in each.trial.metrics.items()} for each in (one, other)]
+    found["metrics"] = list(_mapping(*finals))
+    first = compare(curves(one.trial), curves(other.trial)).first
+    if first is not None:
+        found["metrics"].append(
+            Line(what=f"first: {first.metric} at step {first.step}", one=str(first.was), other=str(first.now))
+        )
+    return found
+
+
+def _lacking(original: Original) -> str:
+    return "not in MLflow" if original.record is None else "there"
+
+
+def _mapping(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[Line]:
+    for key in [*one, *(key for key in other if key not in one)]:
+        if one.get(key) != other.get(key):
+            yield Line(what=key, one=one.get(key), other=other.get(key))
+
+
+def _told(line: str) -> Line:
+    what, _, values = line.partition(": ")
+    before, _, now = values.partition(" before, ")
+    return (
+        Line(what=what, one=before, other=now.removesuffix(" now"))
+        if now
+        else Line(what=line, one="", other="")
+    )
+
+
+def _code(one: Original, other: Original) -> Iterator[Line]:
+    ids = [each.record.snapshot if each.record is not None else None for each in (one, other)]
+    if ids[0] is not None and ids[0] == ids[1]:
+        return
+    commits = [each.record.commit if each.record is not None else None for each in (one, other)]
+    if commits[0] != commits[1]:
+        yield Line(what="git commit", one=commits[0], other=commits[1])
+    if one.archive is None or other.archive is None:
+        yield Line(what="source", one=_there(one), other=_there(other))
+        return
+    with tempfile.TemporaryDirectory(prefix="repro-sweep-") as temporary:
+        folders = [Path(temporary, name) for name in ("one", "other")]
+        for folder, each in zip(folders, (one, other), strict=True):
+            assert each.archive is not None
+            source.unpack(each.archive, folder)
+        names = [
+            {path.relative_to(folder).as_posix() for path in folder.rglob("*/*") if path.is_file()}
+            for folder in folders
+        ]
+        for name in sorted(names[0] | names[1]):
+            texts = [_text(folder / name) for folder in folders]
+            if texts[0] != texts[1]:
+                path = name.partition("/")[2]
+                lines = difflib.unified_diff(
+                    *((text or "").splitlines() for text in texts), path, path, lineterm="", n=1
+                )
+                state = ["there" if name in each else None for each in names]
+                yield Line(what=path, one=state[0], other=state[1], text="\n".join(lines))
+
+
+def _there(original: Original) -> str:
+    return "not in MLflow" if original.archive is None else "there"
+
+
+def _text(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _LARGEST_TEXT:
+        return f"({path.stat().st_size} bytes)"
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return f"(binary, {path.stat().st_size} bytes)"

@@ -1,0 +1,163 @@
+"""Writes a trial as a folder that is complete in itself: source, config, lock, fingerprints, and how to run it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from repro_sweep.errors import SweepError
+from repro_sweep.originals import Original
+from repro_sweep.provenance import source
+from repro_sweep.provenance.record import TrialRecord
+from repro_sweep.sweep import SweepSpec
+
+_FILES = {"run.py": "run.py", "repro_sweep.py": "stand_in/repro_sweep.py"}
+_SOURCE = "source"
+_README = """\
+# Trial {trial} of the sweep {sweep}
+
+It ran as `{task}` with
+
+{overrides}
+
+MLflow run `{run_id}`; git commit {commit}.
+
+## Run it
+
+It needs Python {python} and the packages of `requirements.txt`; repro-sweep may be missing.
+
+    python{minor} -m venv venv
+    venv/bin/pip install --no-deps -r requirements.txt
+    venv/bin/python run.py
+
+`run.py` calls the task with `config.yaml`, seeded as it was, and prints its final metrics beside the recorded ones; its
+exit status is 1 if one differs. Hydra is not started, so a task that asks Hydra for its configuration needs
+`repro-sweep reproduce` instead.
+
+## What it ran on
+
+- {system}, {cpu}, GPUs: {gpus}
+- CPUs of the trial: {cpus:g}; seed: {seed}
+
+## Data
+
+{data}
+
+## Not in this folder
+
+{left}
+"""
+
+
+def export(original: Original, target: Path) -> list[str]:
+    """Write a trial to a folder, or to a zip file where ``target`` ends with ``.zip``.
+
+    Returns:
+        What is not in it, a line each.
+
+    Raises:
+        SweepError: MLflow lacks something that it needs, or it cannot be written.
+    """
+    if original.missing:
+        raise SweepError(f"{original.name}: MLflow does not have {'; '.join(original.missing)}")
+    if target.exists():
+        raise SweepError(f"{target} exists already")
+    try:
+        if target.suffix != ".zip":
+            target.mkdir(parents=True)
+            return _write(original, target)
+        with tempfile.TemporaryDirectory(prefix="repro-sweep-") as temporary:
+            folder = Path(temporary, target.stem)
+            folder.mkdir()
+            lacking = _write(original, folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.make_archive(str(target.with_suffix("")), "zip", temporary, target.stem)
+            return lacking
+    except OSError as error:
+        raise SweepError(f"{target} cannot be written: {error}") from error
+
+
+def _write(original: Original, folder: Path) -> list[str]:
+    record, spec = original.record, original.spec
+    assert record is not None
+    assert spec is not None
+    assert spec.source is not None
+    assert original.archive is not None
+    source.unpack(original.archive, folder / _SOURCE)
+    manifest = json.loads((folder / _SOURCE / "manifest.json").read_text(encoding="utf-8"))
+    here = source.relocated(spec, folder / _SOURCE, folder)
+
+    def relative(path: str) -> str | None:
+        return str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else None
+
+    paths = [each for each in map(relative, here.task.sys_path) if each is not None]
+    about = {
+        "sweep": record.sweep,
+        "trial": record.trial,
+        "run_id": original.trial.run_id,
+        "module": here.task.module,
+        "file": None if here.task.file is None else relative(here.task.file),
+        "qualname": here.task.qualname,
+        "cwd": relative(here.task.cwd) or ".",
+        "sys_path": paths,
+        "seed": record.facts.seed,
+        "strict": record.determinism.strict,
+        "threads": record.facts.torch.threads if record.facts.torch is not None else record.resources.threads,
+        "variables": {
+            key: value
+            for key, value in record.facts.variables.items()
+            if key.endswith("_NUM_THREADS") or key in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
+        },
+        "metrics": dict(original.trial.metrics),
+    }
+    texts = {
+        "trial.json": json.dumps(about, indent=1),
+        "config.yaml": original.config,
+        "overrides.yaml": yaml.safe_dump(list(record.overrides), allow_unicode=True),
+        "record.json": record.model_dump_json(indent=1),
+        "requirements.txt": record.environment.lock(),
+        "data.json": json.dumps({name: each.model_dump() for name, each in record.data.items()}, indent=1),
+    }
+    lacking = [f"{name.partition('/')[2]} ({why})" for name, why in manifest["left_out"].items()]
+    texts["README.md"] = _readme(original, record, spec, lacking)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name, path in _FILES.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        text = resources.files("repro_sweep.provenance.exported").joinpath(name).read_text(encoding="utf-8")
+        (folder / path).write_text(text, encoding="utf-8")
+    return lacking
+
+
+def _readme(original: Original, record: TrialRecord, spec: SweepSpec, lacking: list[str]) -> str:
+    was = record.environment
+    data = [
+        f"- `{name}`: {each.uri}, {each.files} files, `{each.digest}`" for name, each in record.data.items()
+    ]
+    left = [f"- {each}" for each in lacking]
+    gpus = ", ".join(sorted({gpu.model for gpu in was.gpus})) if record.gpus_seen else "none"
+    commit = (
+        f"{record.commit or 'not recorded'}{', with changes that were not committed' if record.dirty else ''}"
+    )
+    return _README.format(
+        trial=record.trial,
+        sweep=record.sweep,
+        task=spec.task.name,
+        overrides="\n".join(f"    {each}" for each in record.overrides),
+        run_id=original.trial.run_id,
+        commit=commit,
+        python=was.python,
+        minor=".".join(was.python.split(".")[:2]),
+        system=was.system,
+        cpu=was.cpu or "a CPU that was not recorded",
+        gpus=gpus,
+        cpus=record.resources.cpus,
+        seed=record.facts.seed,
+        data="\n".join(data) or "None were declared (`sweep.data`).",
+        left="\n".join(left) or "Nothing that belongs to the source.",
+    )
