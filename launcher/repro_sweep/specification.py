@@ -5,6 +5,7 @@ Nothing is expanded, written or started here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -281,6 +282,7 @@ def specify(
     choices = config.hydra.runtime.choices
     cwd = Path.cwd()
     objectives = _objectives(options.metric, options.direction)
+    determinism = _determinism(options.determinism)
     gpus = options.resources.gpus_per_trial
     if gpus is None:
         gpus = 1.0 if _has_gpus(options.executor) else 0.0
@@ -317,7 +319,7 @@ def specify(
         created_at=now(),
         repeats=tuple(str(key).lstrip("+") for key in options.repeats),
         limits=_limits(options),
-        code=code_fingerprint(cwd),
+        code=_code(cwd, determinism),
         reuse=options.reuse,
         detach=options.detach,
         checkpoint_uri=_checkpoint_uri(options.checkpoint_uri),
@@ -327,7 +329,7 @@ def specify(
             max_mb=_positive(options.source.max_mb, "sweep.source.max_mb"),
         ),
         not_secret=tuple(options.not_secret),
-        determinism=_determinism(options.determinism),
+        determinism=determinism,
         data=_data(options.data, cwd, directory.parent / STORE_NAME),
         objectives=objectives if len(objectives) > 1 else (),
         pruner=_pruner(options.pruner, choices.get("sweep/pruner"), "sweep/pruner"),
@@ -387,6 +389,14 @@ def executor_of(overrides: Sequence[str]) -> tuple[str, dict[str, object]]:
         except OmegaConfBaseException as error:
             raise SweepError(f"{each.input_line}: {str(error).splitlines()[0]}") from error
     return name, _plain(options)
+
+
+def _code(cwd: Path, determinism: Determinism) -> str:
+    """What must be equal for a result of another sweep to be this one's: the code, and how it is seeded."""
+    found = code_fingerprint(cwd)
+    if not found or determinism == Determinism():
+        return found
+    return hashlib.sha256(f"{found} {determinism.model_dump_json()}".encode()).hexdigest()
 
 
 def _determinism(options: DeterminismConf) -> Determinism:
