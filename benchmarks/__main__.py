@@ -34,13 +34,14 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "ray_1000": ray_sweeps.many,
     "ray_noop": ray_sweeps.noop,
     "gpu_share": gpu.share,
+    "gpu_strict": gpu.strict,
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "launching": ("startup", "compose", "noop", "sleep", "slow_server"),
     "search": ("search_slots", "search_handout", "search_quality", "search_asha"),
     "slurm": ("slurm_noop", "slurm_slots"),
     "ray": ("ray_160", "ray_1000", "ray_noop"),
-    "gpu": ("gpu_share",),
+    "gpu": ("gpu_share", "gpu_strict"),
 }
 _PACKAGES = (
     "repro-sweep",

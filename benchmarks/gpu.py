@@ -1,4 +1,4 @@
-"""``gpu_share``: trials that share one GPU; needs a machine with one."""
+"""``gpu_share`` and ``gpu_strict``: trials on a GPU; they need a machine with one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Run:
 
 def share(folder: Path, *, quick: bool) -> Table:
     """The reference study with one, two and four trials at a time on one GPU."""
-    name = _ask("name,driver_version").replace(", ", " with driver ")
+    name = _gpu()
     harness.copy_study(folder)
     counts = (1, 4) if quick else (1, 2, 4)
     # what a first sweep has to do (tables of the store, modules from the disk) is nobody's
@@ -47,6 +47,36 @@ def share(folder: Path, *, quick: bool) -> Table:
             for count, run in runs.items()
         ],
     )
+
+
+def strict(folder: Path, *, quick: bool) -> Table:
+    """What strict determinism costs in the reference study."""
+    name = _gpu()
+    harness.copy_study(folder)
+    few = ("sweep.repeats.seed=0", *(("epochs=3",) if quick else ()))
+    _sweep(folder, "first", 4, *few)
+    # in turn, twice: what the machine does meanwhile is nobody's
+    found = {
+        (kind, turn): _sweep(folder, f"{kind}-{turn}", 1, f"sweep.determinism.strict={kind}", *few)
+        for turn in (1, 2)
+        for kind in ("false", "true")
+    }
+    best = {kind: min(found[kind, turn].took_s for turn in (1, 2)) for kind in ("false", "true")}
+    return Table(
+        title="gpu_strict: what strict determinism costs",
+        text=f"`+sweep={_SWEEP} model=lstm sweep.determinism.strict=…` on one {name}: {found['true', 1].trials} trainings,"
+        " one at a time; from the handing out of the first trial to the recorded end of the last one, the better of two"
+        " runs of each, in turn.",
+        unit="s",
+        rows=[
+            Row(system=OURS, value=best["false"], note="`strict: false`"),
+            Row(system=f"{OURS}, strict", value=best["true"], note="`strict: true`"),
+        ],
+    )
+
+
+def _gpu() -> str:
+    return _ask("name,driver_version").replace(", ", " with driver ")
 
 
 def _sweep(folder: Path, name: str, at_a_time: int, *overrides: str) -> _Run:

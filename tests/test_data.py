@@ -16,6 +16,9 @@ from repro_sweep.errors import SweepError
 from repro_sweep.provenance import data
 from repro_sweep.sweep import Data
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"  # MLflow's own use of SQLAlchemy
+)
 TASK = """
     import time
     from pathlib import Path

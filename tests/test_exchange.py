@@ -37,7 +37,8 @@ def below(folder: Path) -> dict[str, str]:
 
 def test_the_archive_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "PIECE_BYTES", 4)
-    (tmp_path / exchange.ARCHIVE_NAME).write_bytes(b"0123456789")
+    (tmp_path / exchange.BUNDLE).mkdir()
+    (tmp_path / exchange.BUNDLE / exchange.ARCHIVE_NAME).write_bytes(b"0123456789")
     pieces = [exchange.source_at(tmp_path, offset) for offset in (0, 4, 8)]
     assert [base64.b64decode(piece.data) for piece in pieces] == [b"0123", b"4567", b"89"]
     assert {piece.size for piece in pieces} == {10}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from helpers import MakeProject, Project, Sweep, run
 from repro_sweep import TrialState
 from repro_sweep.states import FailureKind
 
+ROOT = Path(__file__).parents[1]
 SHARING = 4
 HELD_MB = 512
 SEES_GPUS = {"CUDA_VISIBLE_DEVICES": None}
@@ -106,3 +109,35 @@ def test_a_trial_without_room_on_its_gpu_gets_it_for_itself(project: Project) ->
     failed = [each for each in sweep.attempts if each.state is TrialState.FAIL]
     assert failed
     assert {each.kind for each in failed} == {FailureKind.GPU_OUT_OF_MEMORY}
+
+
+def test_the_study_is_exact_on_a_gpu_with_strict_determinism(make_project: MakeProject) -> None:
+    """Trained on the GPU, four trials at a time, then all of them again in another order of the slots: the same bits."""
+    project = make_project({})
+    for name in ("conf", "sweeps"):
+        shutil.copytree(ROOT / name, project.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    share = f"sweep.resources.gpus_per_trial={1 / SHARING}"
+    done = project.run(
+        "+sweep=optimizer_grid",
+        "epochs=3",
+        "sweep.repeats.seed=0",
+        "sweep.determinism.strict=true",
+        share,
+        env=SEES_GPUS,
+    )
+    assert done.returncode == 0, done.stderr
+    sweep = project.sweep("optimizer_grid")
+    assert sweep.states() == {TrialState.COMPLETE: 16}
+    for trial in sweep.trials:
+        record = json.loads((sweep.folder(trial) / "record.json").read_text())
+        assert record["gpus_seen"]
+        assert record["facts"]["torch"]["cuda"]
+        assert record["facts"]["torch"]["deterministic"]
+        assert record["environment"]["gpus"][0]["driver"]
+    again = project.run(
+        "reproduce", "optimizer_grid", "--all", "--format", "json", "sweep.executor.slots=3", env=SEES_GPUS
+    )
+    assert again.returncode == 0, again.stderr + again.stdout
+    said = json.loads(again.stdout)
+    assert [each["verdict"] for each in said] == ["EXACT"] * 16
+    assert all(each["values"] >= 9 for each in said)

@@ -11,7 +11,7 @@ from helpers import a_spec
 
 from repro_sweep import exchange
 from repro_sweep.errors import SweepError
-from repro_sweep.provenance import snapshot, source
+from repro_sweep.provenance import bundle, snapshot, source
 from repro_sweep.provenance.snapshot import Snapshot
 from repro_sweep.sweep import Composition, SourceRules, SweepSpec, TaskSpec, Tracking
 
@@ -218,9 +218,11 @@ def test_what_is_frozen_travels_and_what_is_linked_does_not(tmp_path: Path) -> N
     }))  # fmt: skip
     spec, _ = snapshot.freeze(spec_of(project, search=(f"file://{project}/conf",)))
     write(project, {"tasks.py": "edited"})
-    assert source.pack(spec) is None
+    assert bundle.write(spec) is None
     there = tmp_path / "there"
-    source.unpack(Path(spec.directory) / exchange.ARCHIVE_NAME, there)
+    source.unpack(Path(spec.directory) / exchange.BUNDLE / exchange.ARCHIVE_NAME, there)
+    assert spec.source is not None
+    assert snapshot.ident_of(there) == spec.source.snapshot
     here = source.relocated(spec, there, there / "sweep")
     assert below(there / "0") == {
         "tasks.py": "a",
@@ -238,6 +240,6 @@ def test_what_is_too_large_to_travel_is_said_and_no_archive_is_left(
 ) -> None:
     monkeypatch.setattr(source, "_LARGEST_MB", 0.001)
     spec, _ = snapshot.freeze(spec_of(write(tmp_path / "project", {"tasks.py": "a" * 2000})))
-    assert source.pack(spec) == "the files of the project take more than 0.001 MB"
-    assert list(Path(spec.directory).iterdir()) == []
+    assert bundle.write(spec) == "the files of the project take more than 0.001 MB"
+    assert not (Path(spec.directory) / exchange.BUNDLE / exchange.ARCHIVE_NAME).exists()
     assert "the source cannot be had" in (exchange.source_at(Path(spec.directory), 0).error or "")

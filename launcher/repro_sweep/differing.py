@@ -103,9 +103,8 @@ def _code(one: Original, other: Original) -> Iterator[Line]:
             texts = [_text(folder / name) for folder in folders]
             if texts[0] != texts[1]:
                 path = name.partition("/")[2]
-                lines = difflib.unified_diff(
-                    *((text or "").splitlines() for text in texts), path, path, lineterm="", n=1
-                )
+                one_text, other_text = ((text or "").splitlines() for text in texts)
+                lines = difflib.unified_diff(one_text, other_text, path, path, lineterm="", n=1)
                 state = ["there" if name in each else None for each in names]
                 yield Line(what=path, one=state[0], other=state[1], text="\n".join(lines))
 

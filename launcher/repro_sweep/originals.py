@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from repro_sweep.comparison import Curves
 from repro_sweep.errors import SweepError, TrackingError
 from repro_sweep.exchange import ARCHIVE_NAME, RECORD_NAME
-from repro_sweep.provenance.bundle import SWEEP_NAME
+from repro_sweep.provenance.bundle import DATA_NAME, SWEEP_NAME
 from repro_sweep.provenance.record import TrialRecord
 from repro_sweep.ranking import best_trial
 from repro_sweep.results import (
@@ -39,7 +39,10 @@ _NUMBERED = re.compile(r"(?P<name>.+)/(?P<number>\d+)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Original:
-    """A trial that has run, and what MLflow has of it; ``missing`` names what it does not have."""
+    """A trial that has run, and what MLflow has of it; ``missing`` names what it does not have.
+
+    ``manifests`` are the hashes of the files of its data, by the data's digests, as far as they are known.
+    """
 
     sweep: Sweep
     trial: Trial
@@ -47,6 +50,7 @@ class Original:
     config: str = ""
     spec: SweepSpec | None = None
     archive: Path | None = None
+    manifests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 
     @property
@@ -117,6 +121,7 @@ def _load(found: Original, fetch: _Fetch) -> Original:
     if not trial.state.is_done():
         missing.append(f"a result (it is {trial.state})")
     record, config, spec, archive = None, "", None, None
+    manifests: dict[str, dict[str, str]] = {}
     try:
         record = TrialRecord.parse(trial.artifact(f"{FOLDER}/{RECORD_NAME}").read_text(encoding="utf-8"))
     except TrackingError:
@@ -137,13 +142,25 @@ def _load(found: Original, fetch: _Fetch) -> Original:
                 encoding="utf-8"
             )
             spec = _spec(text)
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            manifests = json.loads(
+                fetch(home, bundle_path(record.snapshot, DATA_NAME), sweep.uri).read_text(encoding="utf-8")
+            )
         if spec is None:
             missing.append("what was submitted")
         try:
             archive = fetch(home, bundle_path(record.snapshot, ARCHIVE_NAME), sweep.uri)
         except FileNotFoundError:
             missing.append("its source")
-    return replace(found, record=record, config=config, spec=spec, archive=archive, missing=tuple(missing))
+    return replace(
+        found,
+        record=record,
+        config=config,
+        spec=spec,
+        archive=archive,
+        manifests=manifests,
+        missing=tuple(missing),
+    )
 
 
 def _spec(text: str) -> SweepSpec | None:

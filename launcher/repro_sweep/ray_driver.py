@@ -285,6 +285,15 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split())[:500] or type(error).__name__
 
 
+def _resolved(runtime_env: dict[str, Any]) -> dict[str, Any]:
+    """With the secrets of this process's environment, which the sweep's record does not have."""
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(OmegaConf.create(runtime_env), resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
 def _strategy(text: str) -> object:
     """``SPREAD``, ``DEFAULT``, or a node's id (all of its actors on that node)."""
     return text if text in ("SPREAD", "DEFAULT") else NodeAffinitySchedulingStrategy(text, soft=False)
@@ -304,6 +313,8 @@ def main() -> None:
             actors = order["actors"]
             if "scheduling_strategy" in actors:
                 actors["scheduling_strategy"] = _strategy(actors["scheduling_strategy"])
+            if "runtime_env" in actors:
+                actors["runtime_env"] = _resolved(actors["runtime_env"])
             announced = None if order["announced"] is None else Path(order["announced"])
             _Driver(out, actors, order["arguments"], announced).run()
         except _RefusedError as error:

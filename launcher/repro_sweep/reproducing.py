@@ -208,11 +208,22 @@ def _variables(record: TrialRecord) -> dict[str, str | None]:
     return {key: value for key, value in wanted.items() if os.environ.get(key) != value}
 
 
-def check_data(spec: SweepSpec) -> list[str]:
-    """What of the data is not as it was, a line each."""
-    store = Path(spec.directory).parent / snapshot.STORE_NAME
-    found = (data.changed(name, each, store) for name, each in spec.data.items())
-    return [each for each in found if each is not None]
+def check_data(made: Repetition) -> tuple[list[str], list[str]]:
+    """What of the data is not as it was, a line each: of what is read now, and of what still lies where it lay.
+
+    The two are not the same where data belong to the source, of which a frozen copy is read.
+    """
+    store = Path(made.spec.directory).parent / snapshot.STORE_NAME
+    original = next(iter(made.originals.values()))
+    assert original.record is not None
+    for digest, files in original.manifests.items():
+        data.keep_manifest(store, digest, files)
+    read = {name: data.changed(name, each, store) for name, each in made.spec.data.items()}
+    there = {
+        name: each for name, each in original.record.data.items() if each.uri != made.spec.data[name].uri
+    }
+    lie = {name: data.changed(name, each, store) for name, each in there.items() if Path(each.uri).exists()}
+    return [each for each in read.values() if each], [each for each in lie.values() if each]
 
 
 def check_environment(record: TrialRecord, here: Environment) -> list[str]:

@@ -13,8 +13,7 @@ import statistics
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 
 from repro_sweep.records import Attempt, Trial
 from repro_sweep.states import Direction, TrialState, Verdict
@@ -81,7 +80,7 @@ class Row:
     violations: tuple[float, ...] = ()
     infeasible: tuple[str, ...] = ()
     last: tuple[float, ...] = ()
-    verdicts: Mapping[Verdict, int] = MappingProxyType({})
+    verdicts: Mapping[Verdict, int] = field(default_factory=dict)
 
 
 def rank_points(

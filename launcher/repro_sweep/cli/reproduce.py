@@ -51,14 +51,17 @@ def main(arguments: Sequence[str]) -> int:
         "--env", action="store_true", help="build the recorded Python environment first, with venv and pip"
     )
     parser.add_argument(
-        "--anyway", action="store_true", help="run in this Python environment although it is another one"
+        "--anyway",
+        action="store_true",
+        help="run in this Python environment although it is another one, and with frozen data although those here have"
+        " changed",
     )
     parser.add_argument("--directory", type=Path, help=f"where to work (default: a new folder in {_FOLDER}/)")
     parser.add_argument("--format", choices=["text", "json"], default="text")
     parser.add_argument(
         "--uri", help="the MLflow tracking URI (default: MLFLOW_TRACKING_URI, else mlflow.db here)"
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
 
     from repro_sweep import originals
     from repro_sweep.results import reading_uri
@@ -138,13 +141,14 @@ def _repeat(
         return
     for note in made.notes:
         say(note)
-    trouble = reproducing.check_data(made.spec)
+    read, lie = reproducing.check_data(made)
+    trouble = read if args.anyway else [*read, *lie]
     if trouble:
         reproducing.discard(directory)
         for each in group:
             yield Result(original=each, verdict=Verdict.UNVERIFIABLE, reasons=tuple(trouble))
         return
-    yield from _run(made, args, other)
+    yield from _run(made, args, [*other, *lie])
 
 
 def _run(made: Repetition, args: Namespace, other: Sequence[str]) -> Iterator[Result]:

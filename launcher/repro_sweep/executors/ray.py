@@ -23,8 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from repro_sweep import machine
 from repro_sweep.errors import SweepError
 from repro_sweep.executors.base import (
@@ -262,7 +260,7 @@ class RayExecutor(Executor):
             "resources": dict(options.resources) or None,
             "memory": self._need.get("memory"),
             "scheduling_strategy": options.scheduling_strategy,
-            "runtime_env": _resolved(options.runtime_env) or None,
+            "runtime_env": dict(options.runtime_env) or None,
         }
         here = self._have() if self._here is not None else {}
         order = {
@@ -290,7 +288,7 @@ class RayExecutor(Executor):
             raise SweepError(f"sweep/executor=ray: the driver cannot be started: {error}") from error
         assert process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended, and its reader will see that
-            process.stdin.write(json.dumps(order) + "\n")  # it may hold secrets, as no command line must
+            process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
         return process
 
@@ -380,13 +378,6 @@ class RayExecutor(Executor):
             f"no node can hold {what} {_described(self._need)} (sweep.resources, {_WHERE}.resources{also});"
             f" the most that any of {len(nodes)} nodes has is {_described(most)}"
         )
-
-
-def _resolved(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
-    """With the secrets, which the sweep's record does not have."""
-    found = OmegaConf.to_container(OmegaConf.create(dict(runtime_env)), resolve=True)
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
 
 
 def need(options: Options, context: Context) -> dict[str, float]:

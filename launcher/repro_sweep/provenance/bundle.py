@@ -14,10 +14,12 @@ from pathlib import Path
 from repro_sweep import redaction
 from repro_sweep.errors import SweepError
 from repro_sweep.exchange import ARCHIVE_NAME, BUNDLE, BUNDLE_ID
-from repro_sweep.provenance import environment, source
+from repro_sweep.provenance import data, environment, source
+from repro_sweep.provenance.snapshot import STORE_NAME
 from repro_sweep.sweep import SweepSpec
 
 SWEEP_NAME = "sweep.json"
+DATA_NAME = "data.json"
 ENVIRONMENT_NAME = "environment.json"
 LOCK_NAME = "requirements.txt"
 
@@ -30,7 +32,9 @@ def write(spec: SweepSpec) -> str | None:
     """
     folder = Path(spec.directory) / BUNDLE
     about = environment.inspect()
+    store = Path(spec.directory).parent / STORE_NAME
     texts = {
+        DATA_NAME: json.dumps(data.manifests(spec.data.values(), store)),
         SWEEP_NAME: json.dumps(redaction.hidden(spec.model_dump(mode="json")), indent=1),
         ENVIRONMENT_NAME: about.model_dump_json(indent=1),
         LOCK_NAME: about.lock(),

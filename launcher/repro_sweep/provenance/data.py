@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -140,9 +140,20 @@ class _Hashes:
     def save(self, found: _Files) -> None:
         """Keep them, and the manifest of what was found; where that cannot be, they are made again."""
         with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+            keep_manifest(self._folder.parent, found.digest, found.files)
             _write(self._folder / _HASHES, json.dumps(self._known))
-            _write(self._folder / f"{found.digest}.json", json.dumps(found.files))
+
+
+def keep_manifest(store: Path, digest: str, files: Mapping[str, str]) -> None:
+    """Have the hashes of the files of data at hand, so that the file that has changed can be named."""
+    folder = store / _FOLDER
+    folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+    _write(folder / f"{digest}.json", json.dumps(files))
+
+
+def manifests(found: Iterable[Data], store: Path) -> dict[str, dict[str, str]]:
+    """Hashes of files by the data's digests, as far as they are known."""
+    return {each.digest: files for each in found if (files := _manifest(store, each.digest))}
 
 
 def _write(path: Path, text: str) -> None:

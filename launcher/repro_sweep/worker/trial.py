@@ -173,7 +173,8 @@ def generator(device: str = "cpu") -> torch.Generator:
 
     Where there is none (see :func:`seed`) it starts from the seed that torch has (``torch.initial_seed()``).
     """
-    return seeding.generator(seed(), device)
+    made: torch.Generator = seeding.generator(seed(), device)
+    return made
 
 
 def artifact_dir() -> Path:
