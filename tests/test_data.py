@@ -28,6 +28,7 @@ TASK = """
 
     def train(cfg):
         repro_sweep.report(0, read=len(Path("data/a.txt").read_text()))
+        Path("started").touch()
         ends = time.monotonic() + 60
         while cfg.wait and not Path("go").exists() and time.monotonic() < ends:
             time.sleep(0.05)
@@ -82,9 +83,9 @@ def test_a_file_is_read_again_only_if_it_may_have_changed(
     write(tmp_path, {"d/a": "1", "d/b": "2"})
     monkeypatch.setattr(data, "_RACY_NS", 0)  # else files that are so new are always read
     first = of("d", tmp_path)
-    monkeypatch.setattr(Path, "open", lambda *_a, **_k: pytest.fail("read again"))
-    assert of("d", tmp_path) == first
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(data.hashlib, "new", lambda *_a, **_k: pytest.fail("read again"))
+        assert of("d", tmp_path) == first
     (tmp_path / "d/a").write_text("3")
     assert of("d", tmp_path).digest != first.digest
 
@@ -168,8 +169,8 @@ def test_a_change_while_trials_wait_fails_them_and_names_the_file(
 ) -> None:
     """What has started goes on; nothing starts with other data."""
     project = make_project(FILES)
-    with project.start(*SWEEP, "x=1,2", "+wait=true", "sweep.executor.slots=1") as running:
-        running.until(lambda: project.sweep("default").states()[TrialState.RUNNING], "a trial runs")
+    with project.start(*SWEEP, "x=1,2", "wait=true", "sweep.executor.slots=1") as running:
+        running.until((project.root / "started").exists, "a trial runs")
         (project.root / "data/a.txt").write_text("others\n")
         # it looks at most every ten seconds
         subprocess.run(["sleep", "10.5"], check=True)

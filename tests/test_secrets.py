@@ -23,8 +23,8 @@ TASK = """
 
 
     def train(cfg):
-        assert cfg.service.api_key == os.environ["SERVICE_KEY"] == "planted-4711-key"
-        assert cfg.url.startswith("https://me:planted-4711-url@")
+        assert cfg.service.api_key == os.environ["SERVICE_KEY"] == "planted" + "-4711-key"
+        assert cfg.url.startswith("https://me:planted" + "-4711-url@")
         Path("started").touch()
         ends = time.monotonic() + 60
         while not Path("go").exists() and time.monotonic() < ends:
@@ -76,7 +76,15 @@ def everything(root: Path) -> Iterator[tuple[str, str]]:
 def test_a_secret_of_the_environment_is_in_no_file(swept: SimpleNamespace) -> None:
     """Neither in ledger, logs, records, frozen source, nor in MLflow's database and artifacts."""
     texts = dict(everything(swept.project.root))
-    for name in ("ledger.db", "record.json", "sweep.json", "source.tar.gz", "mlflow.db", "coordinator.log"):
+    for name in (
+        "ledger.db",
+        "record.json",
+        "sweep.json",
+        "source.tar.gz",
+        "mlflow.db",
+        "worker.log",
+        "trial.log",
+    ):
         assert any(path.endswith(name) for path in texts), (name, sorted(texts))
     assert {path for path, text in texts.items() if PLANTED in text} == set()
 

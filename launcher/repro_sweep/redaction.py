@@ -37,7 +37,7 @@ def secret_message(key: str) -> str:
 @functools.cache
 def is_secret(key: str) -> bool:
     """Whether a key's name says that its value is a secret: ``db.password``, ``API_KEY``, ``hf_token``."""
-    return _KEY.fullmatch(key.rpartition(".")[2]) is not None
+    return _KEY.fullmatch(key.lstrip("+~").rpartition(".")[2]) is not None
 
 
 def without_secrets(command: str) -> str:
