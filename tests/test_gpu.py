@@ -112,7 +112,7 @@ def test_a_trial_without_room_on_its_gpu_gets_it_for_itself(project: Project) ->
 
 
 def test_the_study_is_exact_on_a_gpu_with_strict_determinism(make_project: MakeProject) -> None:
-    """Trained on the GPU, four trials at a time, then all of them again in another order of the slots: the same bits."""
+    """Trained on the GPU, four trials at a time, then all again, three at a time: the same bits."""
     project = make_project({})
     for name in ("conf", "sweeps"):
         shutil.copytree(ROOT / name, project.root / name, ignore=shutil.ignore_patterns("__pycache__"))
