@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import asha, front_door, gpu, launching, quality, ray_sweeps, search_slots, slurm
+from benchmarks import asha, front_door, gpu, launching, provenance, quality, ray_sweeps, search_slots, slurm
 from benchmarks.harness import BenchmarkError
 from benchmarks.report import Table, markdown
 
@@ -33,6 +33,7 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "ray_160": ray_sweeps.few,
     "ray_1000": ray_sweeps.many,
     "ray_noop": ray_sweeps.noop,
+    "snapshot": provenance.freeze,
     "gpu_share": gpu.share,
     "gpu_strict": gpu.strict,
 }
@@ -41,6 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "search": ("search_slots", "search_handout", "search_quality", "search_asha"),
     "slurm": ("slurm_noop", "slurm_slots"),
     "ray": ("ray_160", "ray_1000", "ray_noop"),
+    "provenance": ("snapshot",),
     "gpu": ("gpu_share", "gpu_strict"),
 }
 _PACKAGES = (

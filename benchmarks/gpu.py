@@ -64,9 +64,9 @@ def strict(folder: Path, *, quick: bool) -> Table:
     best = {kind: min(found[kind, turn].took_s for turn in (1, 2)) for kind in ("false", "true")}
     return Table(
         title="gpu_strict: what strict determinism costs",
-        text=f"`+sweep={_SWEEP} model=lstm sweep.determinism.strict=…` on one {name}: {found['true', 1].trials}"
-        " trainings, one at a time; from the handing out of the first trial to the recorded end of the last one, the better of two"
-        " runs of each, in turn.",
+        text=f"`+sweep={_SWEEP} model=lstm sweep.determinism.strict=…` on one {name}:"
+        f" {found['true', 1].trials} trainings, one at a time; from the handing out of the first trial to the recorded"
+        " end of the last one, the better of two runs of each, in turn.",
         unit="s",
         rows=[
             Row(system=OURS, value=best["false"], note="`strict: false`"),
