@@ -155,6 +155,27 @@ def test_a_trial_may_have_two_gpus(place: Place) -> None:
     assert gpus == ["0,1"] * 2
 
 
+def test_a_sweep_is_run_again_on_the_cluster(place: Place) -> None:
+    """What one machine has submitted comes out the same in jobs of another sweep."""
+    place.run("+sweep=grid", "x=range(4)", *CPU_ONLY)
+    options = (
+        "workers=2",
+        "timeout_min=30",
+        "host=127.0.0.1",
+        "poll_s=1.0",
+        "gpus_per_node=0",
+        "cpus_per_task=1",
+    )
+    done = place.project.run(
+        "reproduce", "grid", "--all", "--format", "json", "sweep/executor=slurm",
+        *(f"sweep.executor.{each}" for each in options), env=place.env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert [each["verdict"] for each in json.loads(done.stdout)] == ["EXACT"] * 4
+    [again] = (place.project.root / "reproduced").glob("grid-*")
+    assert list((again / "slurm").glob("*.json"))
+
+
 def test_the_token_is_in_a_file_of_the_users_only_and_who_has_it_not_is_refused(place: Place) -> None:
     with place.project.start("+sweep=grid", "x=range(4)", "wait_s=1", "steps=600", env=place.env) as running:
         running.until(lambda: len(place.executed()) == 4, "all trials have begun")
