@@ -24,6 +24,7 @@ _ALLOWED = (
     "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_DEFAULT_ENV", "CONDA_PREFIX", "TZ", "LANG", "LC_*",
 )  # fmt: skip
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|AUTH", re.IGNORECASE)
+_HEADER = re.compile(r"^(Name|Version): *(\S+)", re.MULTILINE)
 _NAME = re.compile(r"[-_.]+")
 
 
@@ -95,10 +96,14 @@ def packages() -> dict[str, Package]:
     """The installed distributions that this process would import from, by their normalized names."""
     found: dict[str, Package] = {}
     for each in metadata.distributions():
-        name = each.metadata["Name"]
-        if name:  # else it is what an interrupted installation has left
+        # a tenth of the time that its ``metadata`` takes
+        text = each.read_text("METADATA") or each.read_text("PKG-INFO") or ""
+        about = dict(_HEADER.findall(text.partition("\n\n")[0]))
+        if "Name" in about and "Version" in about:  # else it is what an interrupted installation has left
             # of two with the same name, the first one on the path is imported
-            found.setdefault(_NAME.sub("-", name).lower(), _package(each))
+            name = _NAME.sub("-", about["Name"]).lower()
+            if name not in found:
+                found[name] = _package(each, about["Version"])
     return dict(sorted(found.items()))
 
 
@@ -111,7 +116,7 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _package(found: metadata.Distribution) -> Package:
+def _package(found: metadata.Distribution, version: str) -> Package:
     record = found.read_text("RECORD")
     digest = None
     if record is not None:
@@ -121,9 +126,7 @@ def _package(found: metadata.Distribution) -> Package:
         )
         kept = sorted(line for line in lines if "__pycache__" not in line)
         digest = hashlib.sha256("\n".join(kept).encode()).hexdigest()
-    return Package(
-        version=found.version, digest=digest, editable=_editable(found.read_text("direct_url.json"))
-    )
+    return Package(version=version, digest=digest, editable=_editable(found.read_text("direct_url.json")))
 
 
 def editable_folder(found: metadata.Distribution) -> str | None:

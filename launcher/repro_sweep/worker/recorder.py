@@ -35,17 +35,23 @@ def look() -> None:
 
 def facts(seed: int | None) -> dict[str, Any]:
     """In the trial's process: what is to be known of it."""
+    return {"seed": seed, "variables": environment.variables(os.environ), "torch": _torch()}
+
+
+def _torch() -> dict[str, Any] | None:
     torch = sys.modules.get("torch")
-    said = None
-    if torch is not None:
-        said = {
+    try:
+        if torch is None:
+            return None
+        return {
             "version": str(torch.__version__),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,
             "threads": torch.get_num_threads(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
-    return {"seed": seed, "variables": environment.variables(os.environ), "torch": said}
+    except Exception:  # noqa: BLE001  (something else of that name, or half of it: the trial has its result)
+        return None
 
 
 def write(
