@@ -226,7 +226,7 @@ def test_the_card_has_what_the_checklist_asks_for(study: Study, tmp_path: Path) 
         "No trial was run again",
     ):
         assert said in text, (said, text)
-    assert f"- GPU: none, or {_UNKNOWN}" in text
+    assert "- GPU: none\n" in text
 
 
 def test_a_card_invents_nothing(study: Study) -> None:
@@ -243,5 +243,6 @@ def test_a_card_invents_nothing(study: Study) -> None:
     text = study.run("card", "second")
     assert f"- seeds of the trials: {_UNKNOWN}" in text
     assert f"- CPU: {_UNKNOWN}" in text
+    assert f"- GPU: {_UNKNOWN}" in text
     assert "- GPU hours: unknown" in text
     assert f"## Code\n\n{_UNKNOWN}" in text

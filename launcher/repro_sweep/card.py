@@ -161,8 +161,8 @@ def _compute(facts: Facts, records: Sequence[TrialRecord]) -> str:
     for what in ("cpu", "gpu"):
         found = Counter(tags.get(what, "") for tags in facts.tags.values())
         named = [f"{name} ({count} trials)" for name, count in found.most_common() if name]
-        none = "none, or " if what == "gpu" else ""
-        lines.append(f"- {what.upper()}: {', '.join(named) or none + _UNKNOWN}")
+        none = what == "gpu" and records and not any(each.gpus_seen for each in records)
+        lines.append(f"- {what.upper()}: {', '.join(named) or ('none' if none else _UNKNOWN)}")
     return "\n".join(lines)
 
 
