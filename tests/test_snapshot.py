@@ -243,3 +243,17 @@ def test_what_is_too_large_to_travel_is_said_and_no_archive_is_left(
     assert bundle.write(spec) == "the files of the project take more than 0.001 MB"
     assert not (Path(spec.directory) / exchange.BUNDLE / exchange.ARCHIVE_NAME).exists()
     assert "the source cannot be had" in (exchange.source_at(Path(spec.directory), 0).error or "")
+
+
+def test_what_trials_write_beside_the_code_makes_no_other_code(tmp_path: Path) -> None:
+    """A sweep that goes on keeps its source unless code or configuration has changed."""
+    project = write(tmp_path / "project", {"tasks.py": "a", "conf/config.yaml": "x: 1"})
+    first = freeze(project)
+    write(project, {"results.txt": "1"})
+    second = freeze(project)
+    write(project, {"conf/config.yaml": "x: 2"})
+    third = freeze(project)
+    assert first.id != second.id
+    assert snapshot.has_same_code(first.folder, second.folder)
+    assert not snapshot.has_same_code(first.folder, third.folder)
+    assert not snapshot.has_same_code(first.folder, tmp_path / "gone")

@@ -1098,11 +1098,12 @@ def test_every_float_survives_the_wire(value: float) -> None:
 # --- names, imports, errors ----------------------------------------------------------------------------------
 
 
-def test_the_public_names_are_a_dozen_at_most_and_all_there() -> None:
+def test_the_public_names_are_few_and_all_there() -> None:
     """A new one is a decision."""
     assert repro_sweep.__all__ == [
-        "ReproSweepError", "Trial", "TrialInterrupted", "TrialPruned", "TrialState", "artifact_dir", "best_trial",
-        "checkpoint_dir", "leaderboard", "pareto_front", "report", "trials",
+        "ReproSweepError", "Reproduction", "Trial", "TrialInterrupted", "TrialPruned", "TrialState", "Verdict",
+        "artifact_dir", "best_trial", "checkpoint_dir", "generator", "leaderboard", "pareto_front", "report", "seed",
+        "trials", "worker_init_fn",
     ]  # fmt: skip
     assert dir(repro_sweep) == sorted(repro_sweep.__all__)
     for name in repro_sweep.__all__:

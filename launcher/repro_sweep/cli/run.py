@@ -21,6 +21,7 @@ from repro_sweep.executors import base as executors
 from repro_sweep.ledger import FILE_NAME, Ledger
 from repro_sweep.provenance import snapshot
 from repro_sweep.submission import Submission, prepare
+from repro_sweep.sweep import SweepSpec
 
 
 def main(
@@ -56,11 +57,13 @@ def run(submission: Submission) -> int:
     except OSError as error:
         raise SweepError(f"hydra.sweep.dir: {directory} cannot be used: {error}") from error
     spec, frozen = snapshot.freeze(spec)
+    exists = (directory / FILE_NAME).exists()
+    if exists:
+        spec = _with_the_source_that_it_has(spec)
     submission = replace(submission, spec=spec)
     for name, why in frozen.left_out.items():
         if "max_mb" in why:
             say(f"not frozen: {name.partition('/')[2]}, {why}")
-    exists = (directory / FILE_NAME).exists()
     spread = executors.is_spread(spec)
     ledger = Ledger.open(directory) if exists else Ledger.create(directory, spec, shared=spread)
     job = os.environ.get("SLURM_JOB_ID", "") if session.is_kept() else ""
@@ -85,6 +88,21 @@ def run(submission: Submission) -> int:
     if submission.for_optuna_sweeper:
         optuna_results.write(directory)
     return code
+
+
+def _with_the_source_that_it_has(spec: SweepSpec) -> SweepSpec:
+    """A sweep that goes on keeps its source if the code is the same, whatever trials have written beside it."""
+    ledger = Ledger.open(Path(spec.directory), readonly=True)
+    try:
+        had = ledger.spec.source
+    finally:
+        ledger.close()
+    new = spec.source
+    if had is None or new is None or had.roots != new.roots:
+        return spec
+    if not snapshot.has_same_code(Path(had.folder), Path(new.folder)):
+        return spec
+    return spec.model_copy(update={"source": had})
 
 
 def _say_what_is_known(submission: Submission) -> None:

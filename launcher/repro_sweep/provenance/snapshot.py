@@ -93,6 +93,23 @@ def _ident(files: Mapping[str, _File]) -> str:
     )
 
 
+_CODE = frozenset({".py", ".yaml", ".yml", ".toml", ".json", ".cfg", ".ini"})
+
+
+def has_same_code(one: Path, other: Path) -> bool:
+    """Whether the snapshots in two folders have the same code and configuration, whatever else lies beside it."""
+    try:
+        found = [
+            json.loads((each / MANIFEST_NAME).read_text(encoding="utf-8"))["files"] for each in (one, other)
+        ]
+    except (OSError, ValueError, KeyError):  # one of them is gone
+        return False
+    return (
+        len({json.dumps({name: each[name] for name in each if Path(name).suffix in _CODE}) for each in found})
+        == 1
+    )
+
+
 STORE_NAME = ".source"
 
 
