@@ -16,8 +16,8 @@ from repro_sweep import TrialState
 
 ROOT = Path(__file__).parents[1]
 GRID = (
-    "+sweep=optimizer_grid", "epochs=2", "sweep.determinism.strict=true",
-    "sweep.params={model: 'lstm,bi_lstm'}", "sweep.repeats={seed: 'range(25)'}",
+    "+sweep=default", "sweep.name=study", "sweep.task=sweeps.digits.train", "sweep.metric=val_accuracy",
+    "sweep.determinism.strict=true", "model=lstm,bi_lstm", "epochs=2", "+sweep.repeats.seed='range(25)'",
 )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
         (first.root / "sweeps" / "scale.py").write_text("BRIGHTEST = 15.0\n")
         done = first.run(*GRID, f"sweep.tracking.uri={uri}", "sweep.executor.slots=2")
         assert done.returncode == 0, done.stderr
-        assert first.sweep("optimizer_grid").states() == {TrialState.COMPLETE: 50}
+        assert first.sweep("study").states() == {TrialState.COMPLETE: 50}
         shutil.rmtree(first.root)
         yield SimpleNamespace(second=make({"a/b/.keep": ""}, name="second"), uri=uri)
 
