@@ -57,7 +57,7 @@ def test_fifty_of_fifty_trials_are_exact(study: SimpleNamespace) -> None:
     """On another path, with three slots instead of two: from what MLflow has, as nothing else is left."""
     done = study.second.run(
         "reproduce",
-        "optimizer_grid",
+        "study",
         "--all",
         "--format",
         "json",
