@@ -9,11 +9,14 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import MakeProject, Project, projects
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import repro_sweep
 from repro_sweep import Verdict
@@ -159,6 +162,49 @@ def test_all_trials_of_a_sweep_and_the_python_interface(study: Study) -> None:
     assert trial.reproduced is Verdict.EXACT
     found = trial.reproduce()
     assert (found.verdict, found.values, found.first_difference) == (Verdict.EXACT, 4, None)
+
+
+def test_several_trials_may_be_named(study: Study) -> None:
+    """Each once, in one sweep of their own."""
+    run = study.run_of(0)
+    said = study.reproduce("study/2", run, "study/0", "--directory", "again")
+    assert [(each["trial"], each["verdict"]) for each in said] == [("study/2", "EXACT"), ("study/0", "EXACT")]
+    assert len(read_trials(find_sweep("again", study.uri))) == 2
+
+
+def needed(name: str) -> set[str]:
+    """The normalized names of a package and of all that it needs here, without its extras."""
+    found: set[str] = set()
+    left = [name]
+    while left:
+        key = canonicalize_name(left.pop())
+        if key not in found:
+            found.add(key)
+            needs = map(Requirement, metadata.requires(key) or ())
+            left += [each.name for each in needs if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_the_recorded_environment_is_built_and_the_trial_runs_in_it(mutable: Study) -> None:
+    """One with what a sweep needs and nothing else: no pip, no test tools, no torch."""
+    wanted = needed("repro-sweep")
+    edit_record(
+        mutable,
+        lambda record: record["environment"].update(
+            packages={
+                name: about for name, about in record["environment"]["packages"].items() if name in wanted
+            }
+        ),
+    )
+    [said] = mutable.reproduce("study/1", status=5)
+    assert any(each.startswith("torch: not installed before, ") for each in said["reasons"])
+    [said] = mutable.reproduce("study/1", "--env", "--directory", "built")
+    assert (said["verdict"], said["values"], said["differences"]) == (Verdict.EXACT, 4, [])
+    folder = mutable.project.root / "built"
+    record = json.loads((folder / "built/trials/1/record.json").read_text())
+    assert set(record["environment"]["packages"]) == wanted
+    assert record["facts"]["variables"].get("VIRTUAL_ENV") is None
+    shutil.rmtree(folder)
 
 
 def test_the_text_says_what_was_found(study: Study) -> None:
@@ -385,7 +431,7 @@ def test_that_nothing_can_be_verified_here_takes_no_verdict_back(mutable: Study)
         (("study/1", "x=3"), "x=3: only sweep/executor and sweep.executor.OPTION can be set here"),
         (("study/1", "sweep/executor=cloud"), "sweep/executor: 'cloud' is not an executor"),
         (("study/1", "sweep.executor.slots=many"), "sweep.executor.slots=many: "),
-        (("study/1", "--rtol", "2"), "argument --rtol: invalid"),
+        (("study/1", "--rtol", "2"), "argument --rtol: must be at least 0 and less than 1, got 2"),
         (("study/1", "--directory", "empty"), "--directory: empty is not empty"),
     ],
 )  # fmt: skip

@@ -35,7 +35,7 @@ def diff(one: Original, other: Original) -> dict[str, list[Line]]:
     found["code"] = list(_code(one, other))
     if one.record is not None and other.record is not None:
         told = (
-            *check_environment(one.record, other.record.environment),
+            *check_environment(one.record.environment, other.record.environment, ()),
             *differences(one.record, other.record),
         )
         found["environment"] = [_told(line) for line in told]

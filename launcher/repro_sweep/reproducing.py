@@ -226,9 +226,14 @@ def check_data(made: Repetition) -> tuple[list[str], list[str]]:
     return [each for each in read.values() if each], [each for each in lie.values() if each]
 
 
-def check_environment(record: TrialRecord, here: Environment) -> list[str]:
-    """In what Python and its packages differ from the recorded ones, a line each."""
-    was = record.environment
+def check_environment(was: Environment, here: Environment, roots: Sequence[str]) -> list[str]:
+    """In what Python and its packages differ from the recorded ones, a line each.
+
+    Args:
+        was: the recorded one.
+        here: this one.
+        roots: the folders whose files were frozen. Packages that lay there to be edited are run from the frozen source.
+    """
     found = [
         f"{what}: {before} before, {now} now"
         for what, before, now in (
@@ -236,7 +241,8 @@ def check_environment(record: TrialRecord, here: Environment) -> list[str]:
         )
         if before != now
     ]
-    for name in sorted({*was.packages, *here.packages} - {_OURSELVES}):
+    frozen = {name for name, each in was.packages.items() if each.lies_in(roots)}
+    for name in sorted({*was.packages, *here.packages} - {_OURSELVES, *frozen}):
         before, now = was.packages.get(name), here.packages.get(name)
         if before is None or now is None:
             found.append(f"{name}: {_version(before)} before, {_version(now)} now")

@@ -8,8 +8,9 @@ import shlex
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "what", nargs="+", metavar="TRIAL",
-        help="SWEEP/NUMBER, 'best of SWEEP', or the id of an MLflow run; with --all a sweep's name. Overrides such as"
-        " sweep/executor=slurm sweep.executor.partition=gpu may follow",
+        help="SWEEP/NUMBER, 'best of SWEEP', or the id of an MLflow run; several of them may be given; with --all a"
+        " sweep's name. Overrides such as sweep/executor=slurm sweep.executor.partition=gpu may follow",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="all trials of a sweep that have a result")
     parser.add_argument("--rtol", type=_tolerance, default=0.0, metavar="R", help="relative tolerance")
@@ -69,9 +70,15 @@ def main(arguments: Sequence[str]) -> int:
 
     uri = reading_uri(args.uri)
     overrides = [word for word in args.what if "=" in word]
-    name = " ".join(word for word in args.what if "=" not in word)
+    names = [word for word in args.what if "=" not in word]
+    if names[:2] == ["best", "of"]:
+        names = [" ".join(names)]
     executor = executor_of(overrides) if overrides else None
-    wanted = originals.all_of(name, uri) if args.all else [originals.find(name, uri)]
+    if args.all:
+        wanted = originals.all_of(" ".join(names), uri)
+    else:
+        named = (originals.find(name, uri) for name in names)
+        wanted = list({trial.run_id: (sweep, trial) for sweep, trial in named}.values())
     results: list[Result] = []
     for result in _results(list(originals.load(wanted)), args, uri, executor):
         _record(result, uri)
@@ -84,14 +91,14 @@ def main(arguments: Sequence[str]) -> int:
     elif len(results) > 1:
         counts = Counter(result.verdict for result in results)
         parts = [f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]]
-        print(f"{name}: {', '.join(parts)} of {len(results)}")
+        print(f"{', '.join(parts)} of {len(results)}")
     return STATUS[next(each for each in _WORST if any(result.verdict is each for result in results))]
 
 
 def _tolerance(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
-        raise ValueError(text)
+        raise ArgumentTypeError(f"must be at least 0 and less than 1, got {text}")
     return value
 
 
@@ -107,22 +114,30 @@ def _results(
             whole.append(each)
         else:
             yield lacking
-    for group in reproducing.groups(whole):
-        yield from _repeat(group, args, uri, executor)
+    groups = reproducing.groups(whole)
+    directory = _new_directory(args.directory, found[0])
+    for number, group in enumerate(groups):
+        place = directory if len(groups) == 1 else directory / f"{directory.name}-{number}"
+        yield from _repeat(group, place, args, uri, executor)
 
 
 def _repeat(
-    group: Sequence[Original], args: Namespace, uri: str, executor: tuple[str, dict[str, object]] | None
+    group: Sequence[Original],
+    directory: Path,
+    args: Namespace,
+    uri: str,
+    executor: tuple[str, dict[str, object]] | None,
 ) -> Iterator[Result]:
     from repro_sweep import reproducing
     from repro_sweep.errors import SweepError
     from repro_sweep.provenance import environment
     from repro_sweep.reproducing import Result
 
-    record = group[0].record
+    record, old = group[0].record, group[0].spec
     assert record is not None
-    directory = _new_directory(args.directory, group[0])
-    other = reproducing.check_environment(record, environment.inspect())
+    assert old is not None
+    assert old.source is not None
+    other = reproducing.check_environment(record.environment, environment.inspect(), old.source.roots)
     if other and args.env:
         yield from _elsewhere(group, args, uri, directory)
         return
@@ -203,24 +218,23 @@ def _elsewhere(group: Sequence[Original], args: Namespace, uri: str, directory: 
     directory.mkdir(parents=True, exist_ok=True)
     say(f"builds the recorded environment in {directory / 'venv'}")
     python = venv.build(record.environment, directory / "venv")
-    overrides = [word for word in args.what if "=" in word]
+    command = [
+        str(python), "-P", "-m", "repro_sweep.cli.main", "reproduce", *(each.trial.run_id for each in group),
+        *(word for word in args.what if "=" in word), "--uri", uri, "--rtol", str(args.rtol), "--format", "json",
+        "--directory", str(directory / directory.name), *["--anyway"] * args.anyway,
+    ]  # fmt: skip
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        said = {each["original_run_id"]: each for each in json.loads(done.stdout)}
+    except ValueError:
+        said = {}
     for each in group:
-        command = [
-            str(python), "-P", "-m", "repro_sweep.cli.main", "reproduce", each.trial.run_id, *overrides,
-            "--uri", uri, "--rtol", str(args.rtol), "--format", "json",
-            "--directory", str(directory / str(each.trial.number)),
-        ]  # fmt: skip
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        try:
-            [said] = json.loads(done.stdout)
-        except ValueError:
-            reasons = (f"the command in {python} has ended with status {done.returncode}",)
-            yield Result(original=each, verdict=Verdict.UNVERIFIABLE, reasons=reasons)
+        about = said.get(each.trial.run_id)
+        if about is not None:
+            yield _read(each, about)
             continue
-        yield Result(
-            original=each, verdict=Verdict(said["verdict"]), reasons=tuple(said["reasons"]),
-            differences=tuple(said["differences"]), run_id=said["run_id"],
-        )  # fmt: skip
+        reasons = (f"the command in {python} has ended with status {done.returncode}",)
+        yield Result(original=each, verdict=Verdict.UNVERIFIABLE, reasons=reasons)
 
 
 def _new_directory(wanted: Path | None, first: Original) -> Path:
@@ -280,3 +294,18 @@ def _document(result: Result) -> dict[str, Any]:
         "reasons": list(result.reasons),
         "differences": list(result.differences),
     }
+
+
+def _read(original: Original, document: Mapping[str, Any]) -> Result:
+    """What :func:`_document` has written."""
+    from repro_sweep.comparison import Comparison, Difference
+    from repro_sweep.reproducing import Result
+
+    verdict, first = Verdict(document["verdict"]), document["first_difference"]
+    return Result(
+        original=original, verdict=verdict, reasons=tuple(document["reasons"]),
+        differences=tuple(document["differences"]), run_id=document["run_id"],
+        comparison=Comparison(
+            verdict=verdict, values=document["values"], first=None if first is None else Difference(**first)
+        ),
+    )  # fmt: skip

@@ -10,10 +10,11 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict
 
@@ -39,6 +40,13 @@ class Package(BaseModel):
     version: str
     digest: str | None = None
     editable: str | None = None
+
+    def lies_in(self, folders: Iterable[str]) -> bool:
+        """Whether it was installed to be edited in one of some folders."""
+        if self.editable is None:
+            return False
+        lies = PurePosixPath(_path_of(self.editable))
+        return any(lies.is_relative_to(folder) for folder in folders)
 
 
 class Gpu(BaseModel):
@@ -132,7 +140,11 @@ def _package(found: metadata.Distribution, version: str) -> Package:
 def editable_folder(found: metadata.Distribution) -> str | None:
     """Where a distribution lies that was installed to be edited; None for others."""
     url = _editable(found.read_text("direct_url.json"))
-    return None if url is None else url.removeprefix("file://")
+    return None if url is None else _path_of(url)
+
+
+def _path_of(url: str) -> str:
+    return unquote(url.removeprefix("file://"))
 
 
 def _editable(direct_url: str | None) -> str | None:

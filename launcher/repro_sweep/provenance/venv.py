@@ -29,13 +29,18 @@ def build(wanted: Environment, folder: Path) -> Path:
     made = folder / "bin" / "python"
     lock = folder / "requirements.txt"
     lock.write_text(wanted.lock(), encoding="utf-8")
-    install = [str(made), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip = [str(made), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    # Python compiles what is imported, which is a small part of it
+    install = [*pip, "install", "--no-deps", "--no-compile"]
     _run([*install, "--requirement", str(lock)], "the recorded packages cannot be installed")
     ours = wanted.packages.get(_OURSELVES)
     if ours is None or ours.editable is not None:
         here = editable_folder(metadata.distribution(_OURSELVES))
         what = ["--editable", here] if here is not None else [f"{_OURSELVES}=={metadata.version(_OURSELVES)}"]
         _run([*install, *what], "repro-sweep cannot be installed")
+    came_along = [name for name in ("setuptools", "pip") if name not in wanted.packages]
+    if came_along:
+        _run([*pip, "uninstall", "--yes", *came_along], "what was not there cannot be removed")
     return made
 
 
