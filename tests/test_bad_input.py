@@ -166,6 +166,18 @@ CASES = {
         (GOOD, "sweep.resources.gpus_per_trial=2"), ("gpus_per_trial", "2", "this machine has 1"),
         env={"CUDA_VISIBLE_DEVICES": "0"},
     ),
+    "strict": Bad(
+        (GOOD, "sweep.determinism.strict={a: 1}"), ("determinism.strict: must be true, false or warn, got {'a': 1}",)
+    ),
+    "strict as a number": Bad((GOOD, "sweep.determinism.strict=1"), ("strict: must be true, false or warn, got 1",)),
+    "absolute pattern": Bad(
+        (GOOD, "sweep.source.include=[/abs]"), ("sweep.source.include: '/abs' must be a pattern of files below",)
+    ),
+    "no pattern": Bad((GOOD, "sweep.source.include=['']"), ("source.include: '' must be a pattern of files",)),
+    "pattern that leaves": Bad(
+        (GOOD, "sweep.source.exclude=[a/../../b]"), ("source.exclude: 'a/../../b' must be a pattern",)
+    ),
+    "stars within": Bad((GOOD, "sweep.source.include=[a**]"), ("sweep.source.include: 'a**'",)),
     "GPU and a half": Bad((GOOD, "sweep.resources.gpus_per_trial=1.5"), ("gpus_per_trial", "1.5")),
     "more slots than GPUs": Bad(
         (GOOD, "sweep.resources.gpus_per_trial=0.5", "sweep.executor.slots=3"), ("sweep.executor.slots", "3", "2"),

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
-from repro_sweep.comparison import compare
+from repro_sweep import comparison
+from repro_sweep.comparison import Comparison
 from repro_sweep.states import Verdict
 
 HERE = {"loss": {0: 0.5, 1: 0.25, 2: 0.1}, "score": {2: 1.0}}
+
+
+def compare(
+    before: Mapping[str, Mapping[int, float]], now: Mapping[str, Mapping[int, float]], **options: Any
+) -> Comparison:
+    """Of runs with one value at each step."""
+    both = (
+        {name: {step: [value] for step, value in values.items()} for name, values in each.items()}
+        for each in (before, now)
+    )
+    return comparison.compare(*both, **options)
 
 
 def changed(metric: str, step: int, value: float | None) -> dict[str, dict[int, float]]:
@@ -78,9 +92,33 @@ def test_with_a_tolerance_the_difference_that_is_too_large_is_named() -> None:
     assert found.first.step == 2
 
 
-def test_what_comes_later_is_not_compared_of_a_trial_that_was_cut() -> None:
-    assert compare(changed("loss", 2, None), HERE, until=1).verdict is Verdict.EXACT
-    assert compare(changed("loss", 2, None), HERE).verdict is Verdict.DIFFERS
+def test_of_a_trial_that_was_cut_only_what_it_has_is_compared() -> None:
+    """Its repetition may go further, also within the step at which it was cut."""
+    less = changed("loss", 2, None)
+    del less["score"]
+    assert compare(less, HERE, cut=True).verdict is Verdict.EXACT
+    assert compare(less, HERE).verdict is Verdict.DIFFERS
+    assert compare(HERE, less, cut=True).verdict is Verdict.DIFFERS
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "verdict"),
+    [
+        ([3.0, 1.0, 2.0], [1.0, 2.0, 3.0], Verdict.EXACT),
+        ([1.0, 1.0], [1.0], Verdict.EXACT),
+        ([1.0, 2.0], [1.0], Verdict.DIFFERS),
+        ([1.0], [1.0, 2.0], Verdict.DIFFERS),
+        ([0.0, -0.0], [0.0], Verdict.DIFFERS),
+    ],
+)
+def test_several_values_at_one_step_have_no_order(
+    was: list[float], now: list[float], verdict: Verdict
+) -> None:
+    """MLflow does not keep it for those of one millisecond; equal ones are one."""
+    found = comparison.compare({"m": {0: was}}, {"m": {0: now}})
+    assert found.verdict is verdict
+    if found.first is not None:
+        assert {repr(found.first.was), repr(found.first.now)} & {"2.0", "-0.0"}
 
 
 def test_nothing_to_compare_proves_nothing() -> None:

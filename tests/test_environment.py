@@ -30,6 +30,23 @@ def test_variables_that_hold_secrets_or_say_nothing_are_left_out() -> None:
     assert set(environment.variables(environ)) == {"CUDA_VISIBLE_DEVICES", "LC_ALL", "PYTHONHASHSEED"}
 
 
+@pytest.mark.parametrize(
+    "name", ["TF_VAR_db_pwd", "TF_VAR_region", "NVIDIA_NGC_KEY", "PYTHON_keyring", "TORCH_PASSPHRASE"]
+)
+def test_variables_of_others_and_those_that_may_be_secrets_are_left_out(name: str) -> None:
+    """Those of Terraform begin as those of TensorFlow do."""
+    assert environment.variables({name: "v"}) == {}
+
+
+def test_variables_of_tensorflow_that_change_results_are_recorded() -> None:
+    environ = {"TF_DETERMINISTIC_OPS": "1", "TF_ENABLE_ONEDNN_OPTS": "0"}
+    assert environment.variables(environ) == environ
+
+
+def test_variables_lose_the_passwords_of_urls() -> None:
+    assert environment.variables({"TORCH_URL": "http://u:p@w@h"}) == {"TORCH_URL": "http://u:***@h"}
+
+
 def site(folder: Path, name: str, files: dict[str, str], record: str, direct_url: str | None = None) -> None:
     """Install a distribution in a folder."""
     info = folder / f"{name}-1.0.dist-info"

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 from helpers import Project, environment, projects
 
+from repro_sweep import originals
 from repro_sweep.card import _UNKNOWN
+from repro_sweep.provenance.archive import unpack
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"  # MLflow's own use of SQLAlchemy
@@ -76,6 +79,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
     shutil.copy(empty_store, store)
     for make in projects(folder, None):
         source = make(FILES, name="source")
+        (source.root / "weights.bin").write_bytes(b"\xff\x01")
         git = ["git", "-C", str(source.root), "-c", "user.name=t", "-c", "user.email=t@example.org"]
         for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
             subprocess.run([*git, *command], check=True)
@@ -85,8 +89,64 @@ def study(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
         text = (source.root / "tasks.py").read_text()
         (source.root / "tasks.py").write_text(text.replace("size / 7", "size / 9"))
         (source.root / "data.txt").write_text("1 2 4\n")
+        (source.root / "weights.bin").write_bytes(b"\xff\x02")
         (source.root / "conf/model/large.yaml").write_text("size: 31\n")
         done = source.run(*SWEEP, f"sweep.tracking.uri={uri}", "sweep.name=second")
+        assert done.returncode == 0, done.stderr
+        yield Study(source, make({".keep": ""}, name="place"), uri)
+
+
+ENDINGS = """
+    import os
+
+    import hydra
+
+    import repro_sweep
+
+
+    def train(cfg):
+        value = cfg.value + repro_sweep.seed()
+        if cfg.kind == "number":
+            repro_sweep.report(0, loss=value / 3)
+            return value
+        if cfg.kind == "reported":
+            for step in range(3):
+                repro_sweep.report(step, score=value / (step + 3), loss=float(cfg.get("loss", "nan")))
+        if cfg.kind == "logged":
+            import mlflow
+
+            if "MLFLOW_TRACKING_URI" in os.environ:
+                mlflow.log_metric("own", value)
+            return {"score": value}
+        if cfg.kind == "pruned":
+            for step in range(4):
+                repro_sweep.report(step, score=value + step)
+                if step == 1 and "PRUNE_IT" in os.environ:
+                    raise repro_sweep.TrialPruned
+
+
+    wrapped = hydra.main(version_base="1.3", config_path="conf", config_name="config")(train)
+"""
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Study]:
+    """Tasks whose results come about in each way; 0 to 3, and 0 again as 4 with other data and resources."""
+    folder = tmp_path_factory.mktemp("endings")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    (folder / "outside.txt").write_text("1")
+    files = {"conf/config.yaml": "seed: 7\nvalue: 1.0\nkind: number\n", "tasks.py": ENDINGS}
+    for make in projects(folder, None):
+        source = make(files, name="source")
+        uri = f"sqlite:///{folder}/mlflow.db"
+        command = (
+            "+sweep=default", "sweep.task=tasks.wrapped", "sweep.name=endings", "sweep.metric=score",
+            f"sweep.tracking.uri={uri}", f"+sweep.data.train={folder}/outside.txt",
+        )  # fmt: skip
+        done = source.run(*command, "kind=number,reported,logged,pruned", env={"PRUNE_IT": "1"})
+        assert done.returncode == 0, done.stderr
+        (folder / "outside.txt").write_text("2")
+        done = source.run(*command, "kind=number", "sweep.resources.cpus_per_trial=2")
         assert done.returncode == 0, done.stderr
         yield Study(source, make({".keep": ""}, name="place"), uri)
 
@@ -147,6 +207,76 @@ def test_a_changed_export_says_that_it_differs(study: Study, tmp_path: Path) -> 
     assert "<- differs" in done.stdout
 
 
+def run_export(target: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, target / "run.py"], env=environment(), capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "said"),
+    [
+        (0, ("value: 1.0", "value: 99.0"), "score: 8.0 before, 106.0 now  <- differs"),
+        (0, ("kind: number", "kind: none"), "score: 8.0 before, nothing now  <- missing"),
+        (1, ("value: 1.0", "value: 99.0"), f"score: {8 / 5} before, {106 / 5} now  <- differs"),
+        (1, ("value: 1.0", "value: 1.0\nloss: 2.0"), "loss: nan before, 2.0 now  <- differs"),
+        (2, ("value: 1.0", "value: 99.0"), "score: 8.0 before, 106.0 now  <- differs"),
+        (3, ("value: 1.0", "value: 99.0"), "score: 9.0 before, 107.0 now  <- differs"),
+    ],
+)
+def test_an_export_checks_what_is_returned_and_what_is_reported(
+    endings: Study, tmp_path: Path, number: int, change: tuple[str, str], said: str
+) -> None:
+    """Also where repro-sweep is installed; a pruned trial is compared up to its end."""
+    target = tmp_path / "trial"
+    endings.run("export", f"endings/{number}", "--output", str(target))
+    json.loads((target / "trial.json").read_text(), parse_constant=pytest.fail)
+    done = run_export(target)
+    assert done.returncode == 0, done.stderr + done.stdout
+    if number == 2:
+        assert "own: 8.0 before; the task has logged it with MLflow: not compared" in done.stdout
+    path = target / "config.yaml"
+    path.write_text(path.read_text().replace(*change))
+    done = run_export(target)
+    assert done.returncode == 1
+    assert said in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("damage", ["other file", "truncated"])
+def test_a_source_that_is_not_the_recorded_one_is_refused(study: Study, tmp_path: Path, damage: str) -> None:
+    """In one line, and nothing is left behind."""
+    [original] = originals.load([originals.find("study/3", study.uri)])
+    assert original.archive is not None
+    kept = original.archive.read_bytes()
+    if damage == "truncated":
+        damaged = kept[: len(kept) // 2]
+    else:
+        unpack(original.archive, tmp_path / "unpacked")
+        task = tmp_path / "unpacked" / "0" / "tasks.py"
+        task.chmod(0o644)
+        task.write_text(task.read_text().replace("size / 7", "size / 8"))
+        with tarfile.open(tmp_path / "damaged.tar.gz", "w:gz") as tar:
+            tar.add(tmp_path / "unpacked", ".")
+        damaged = (tmp_path / "damaged.tar.gz").read_bytes()
+    before = sorted(study.place.root.iterdir())
+    store = Path(study.uri.removeprefix("sqlite:///")).parent
+    [stored] = [path for path in store.rglob("submissions/*/source.tar.gz") if path.read_bytes() == kept]
+    stored.write_bytes(damaged)
+    try:
+        for command in (
+            ("export", "study/3", "--output", "new/trial"),
+            ("export", "study/3", "--output", "trial.zip"),
+            ("diff", "study/3", "second/3"),
+        ):
+            done = study.place.run(*command, "--uri", study.uri)
+            assert done.returncode == 2, done.stderr + done.stdout
+            [line] = done.stderr.splitlines()
+            assert line.startswith("repro-sweep: study/3: the source ")
+    finally:
+        stored.write_bytes(kept)
+    assert sorted(study.place.root.iterdir()) == before
+
+
 def test_the_readme_says_what_is_needed_and_what_is_not_there(study: Study, tmp_path: Path) -> None:
     """Python's version, the data, and what git ignores."""
     done = study.place.run("export", "study/0", "--output", str(tmp_path / "trial"), "--uri", study.uri)
@@ -191,7 +321,8 @@ def test_what_two_trials_do_not_have_in_common_stands_side_by_side(study: Study)
     code = by["code"]["tasks.py"]["text"]
     assert "-        repro_sweep.report(step, loss=cfg.model.size / 7 + random.random())" in code
     assert "+        repro_sweep.report(step, loss=cfg.model.size / 9 + random.random())" in code
-    assert set(by["code"]) == {"tasks.py", "conf/model/large.yaml", "data.txt"}
+    assert set(by["code"]) == {"tasks.py", "conf/model/large.yaml", "data.txt", "weights.bin"}
+    assert "-(2 bytes, sha256 " in by["code"]["weights.bin"]["text"]
     assert by["data"]["train"]["one"] != by["data"]["train"]["other"]
     assert "first: loss at step 0" in by["metrics"]
     assert by["environment"] == {}
@@ -227,6 +358,19 @@ def test_the_card_has_what_the_checklist_asks_for(study: Study, tmp_path: Path) 
     ):
         assert said in text, (said, text)
     assert "- GPU: none\n" in text
+
+
+def test_the_card_has_all_data_and_resources_of_a_sweep(endings: Study) -> None:
+    """Although source and machine stayed the same in between."""
+    text = endings.run("card", "endings")
+    digests = {
+        each.record.data["train"].digest
+        for each in originals.load([originals.find(f"endings/{number}", endings.uri) for number in (0, 4)])
+        if each.record is not None
+    }
+    assert len(digests) == 2
+    assert all(digest in text for digest in digests)
+    assert "- CPUs a trial: 1, 2" in text
 
 
 def test_a_card_invents_nothing(study: Study) -> None:

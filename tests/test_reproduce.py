@@ -48,7 +48,8 @@ FILES = {
     "untracked.py": "def loss(x, chance):\n    return x / 3 + chance\n",
     "data/train.txt": "1 2 3\n",
     "data/deep/more.txt": "4\n",
-    ".gitignore": "mlflow.db*\nmlartifacts\n",
+    ".gitignore": "mlflow.db*\nmlartifacts\ncache\n",
+    "cache/known": "",
 }
 SWEEP = (
     "+sweep=default", "sweep.task=tasks.train", "sweep.name=study", "sweep.metric=score", "sweep.direction=maximize",
@@ -93,7 +94,9 @@ class Study:
         return found
 
 
-def a_study(folder: Path, store: Path, project: Project, *overrides: str) -> Study:
+def a_study(
+    folder: Path, store: Path, project: Project, *overrides: str, sweep: tuple[str, ...] = SWEEP
+) -> Study:
     """Run the sweep, from source that is neither clean nor all tracked."""
     (folder / "store").mkdir()
     shutil.copy(store, folder / "store" / "mlflow.db")
@@ -103,7 +106,7 @@ def a_study(folder: Path, store: Path, project: Project, *overrides: str) -> Stu
         subprocess.run([*git, *command], check=True)
     text = (project.root / "tasks.py").read_text()
     (project.root / "tasks.py").write_text(text.replace('"loss": 0.25', '"loss": 0.5'))
-    done = project.run(*SWEEP, f"sweep.tracking.uri={study.uri}", *overrides)
+    done = project.run(*sweep, f"sweep.tracking.uri={study.uri}", *overrides)
     assert done.returncode == 0, done.stderr
     return study
 
@@ -181,7 +184,9 @@ def needed(name: str) -> set[str]:
         if key not in found:
             found.add(key)
             needs = map(Requirement, metadata.requires(key) or ())
-            left += [each.name for each in needs if each.marker is None or each.marker.evaluate({"extra": ""})]
+            left += [
+                each.name for each in needs if each.marker is None or each.marker.evaluate({"extra": ""})
+            ]
     return found
 
 
@@ -275,30 +280,108 @@ def set_package(name: str, **about: object) -> Callable[[dict[str, Any]], object
     return lambda record: record["environment"]["packages"][name].update(about)
 
 
+ODD = {
+    "conf/config.yaml": "x: 0\nonce: false\n",
+    "tasks.py": """
+        from pathlib import Path
+
+        import mlflow
+
+        import repro_sweep
+
+        ONCE = Path(__file__).parent / "cache/once"
+
+
+        def train(cfg):
+            if cfg.once and ONCE.exists():
+                raise ValueError("a second time")
+            ONCE.parent.mkdir(exist_ok=True)
+            ONCE.write_text("done")
+            mlflow.log_metric("own", 0.5, step=3)
+            for fast in (3.0, 1.0, 2.0):
+                repro_sweep.report(0, fast=fast)
+            repro_sweep.report(1, zero=-0.0, huge=float("inf"))
+            if cfg.x == 2:
+                raise repro_sweep.TrialPruned
+            return cfg.x
+        """,
+    ".gitignore": "mlflow.db*\nmlartifacts\ncache\n",
+    "cache/known": "",
+}
+ODD_SWEEP = ("+sweep=default", "sweep.task=tasks.train", "sweep.name=study", "sweep.executor.slots=1")
+
+
+def test_what_a_task_logs_itself_and_what_has_no_order_is_compared(
+    make_bare_project: MakeProject, tmp_path: Path, empty_store: Path
+) -> None:
+    """Metrics of ``mlflow.log_metric``, three values at one step, a negative zero, an infinity, an end by pruning."""
+    study = a_study(tmp_path, empty_store, make_bare_project(ODD), "x=1,2", sweep=ODD_SWEEP)
+    said = study.reproduce("study", "--all")
+    assert [(each["verdict"], each["reasons"]) for each in said] == [("EXACT", []), ("EXACT", [])]
+    assert [each["values"] for each in said] == [5, 4]
+
+
+def test_what_git_ignores_is_not_there_and_not_written_to(
+    make_bare_project: MakeProject, tmp_path: Path, empty_store: Path
+) -> None:
+    """A task that finds its old results would prove nothing; that they are missing is said."""
+    project = make_bare_project(ODD)
+    study = a_study(tmp_path, empty_store, project, "x=1", "once=true", sweep=ODD_SWEEP)
+    once = project.root / "cache/once"
+    once.write_text("kept")
+    done = project.run("reproduce", "study/0", "--uri", study.uri)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not frozen, so not there: cache; --anyway takes what still lies where it lay" in done.stderr
+    assert once.read_text() == "kept"
+    [said] = study.reproduce("study/0", "--anyway", status=4)
+    assert said["reasons"] == ["it ends as FAIL now: ValueError: a second time"]
+
+
+def test_a_trial_that_fails_for_want_of_what_was_not_frozen_is_not_said_to_differ(
+    make_bare_project: MakeProject, tmp_path: Path, empty_store: Path
+) -> None:
+    """The verdict names it."""
+    files = ODD | {"cache/table.txt": "1", "tasks.py": """
+        from pathlib import Path
+
+
+        def train(cfg):
+            return float((Path(__file__).parent / "cache/table.txt").read_text())
+        """}  # fmt: skip
+    study = a_study(tmp_path, empty_store, make_bare_project(files), "x=1", sweep=ODD_SWEEP)
+    [said] = study.reproduce("study/0", status=5)
+    assert said["reasons"][1:] == ["cache was not frozen"]
+    assert "table.txt" in said["reasons"][0]
+
+
 MUTATIONS: dict[str, tuple[Callable[[Study], object], Verdict, str]] = {
     "a line of code": (
         lambda study: edit_source(study, "tasks.py", lambda data: data.replace(b"range(3)", b"range(4)")),
-        Verdict.UNVERIFIABLE, "the source of study/1 is not the recorded one",
+        Verdict.UNVERIFIABLE, "study/1: the source is not the recorded one",
     ),
     "untracked code": (
         lambda study: edit_source(study, "untracked.py", lambda data: data.replace(b"/ 3", b"/ 7")),
-        Verdict.UNVERIFIABLE, "the source of study/1 is not the recorded one",
+        Verdict.UNVERIFIABLE, "study/1: the source is not the recorded one",
     ),
     "a file that is gone": (
         lambda study: edit_source(study, "untracked.py", lambda data: None),
-        Verdict.UNVERIFIABLE, "the source of study/1 is not the recorded one",
+        Verdict.UNVERIFIABLE, "study/1: the source is not the recorded one",
     ),
     "a YAML file": (
         lambda study: edit_source(study, "config.yaml", lambda data: data.replace(b"1.0", b"1.5")),
-        Verdict.UNVERIFIABLE, "the source of study/1 is not the recorded one",
+        Verdict.UNVERIFIABLE, "study/1: the source is not the recorded one",
     ),
     "another commit's snapshot": (
         lambda study: edit_record(study, lambda record: record.update(snapshot="0" * 64)),
-        Verdict.UNVERIFIABLE, "MLflow does not have its source",
+        Verdict.UNVERIFIABLE, "the source is not the recorded one",
+    ),
+    "another submission": (
+        lambda study: edit_record(study, lambda record: record.update(submission="0" * 16)),
+        Verdict.UNVERIFIABLE, "MLflow does not have what was submitted",
     ),
     "a config value": (
         lambda study: edit(study.artifact(1, "repro_sweep/config.yaml"), "scale: 1.0", "scale: 1.5"),
-        Verdict.DIFFERS, "drifted",
+        Verdict.UNVERIFIABLE, "drifted",
     ),
     "one byte of the data": (
         lambda study: edit(study.project.root / "data/deep/more.txt", "4", "5"),
@@ -360,7 +443,7 @@ MUTATIONS: dict[str, tuple[Callable[[Study], object], Verdict, str]] = {
     ),
     "a broken archive": (
         lambda study: (study.submission / "source.tar.gz").write_bytes(b"nothing"),
-        Verdict.UNVERIFIABLE, "the source of study/1 cannot be unpacked",
+        Verdict.UNVERIFIABLE, "study/1: the source cannot be unpacked",
     ),
 }  # fmt: skip
 

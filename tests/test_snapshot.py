@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from helpers import a_spec
 
 from repro_sweep import exchange
 from repro_sweep.errors import SweepError
-from repro_sweep.provenance import bundle, snapshot, source
+from repro_sweep.provenance import archive, bundle, snapshot, source
 from repro_sweep.provenance.snapshot import Snapshot
 from repro_sweep.sweep import Composition, SourceRules, SweepSpec, TaskSpec, Tracking
 
@@ -114,6 +116,73 @@ def test_a_submodules_files_belong_to_it(tmp_path: Path) -> None:
     assert found["lib/new.py"] == "b"
 
 
+def test_a_submodule_that_was_not_fetched_has_no_files(tmp_path: Path) -> None:
+    library = repository(write(tmp_path / "library", {"tasks.py": "of the library"}))
+    git = ["git", "-c", "protocol.file.allow=always", "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "-C", library, "commit", "-qm", "first"], check=True)
+    project = repository(write(tmp_path / "project", {"tasks.py": "a"}))
+    subprocess.run([*git, "-C", project, "submodule", "--quiet", "add", library, "lib"], check=True)
+    subprocess.run([*git, "-C", project, "commit", "-qm", "first"], check=True)
+    subprocess.run([*git, "clone", "-q", project, tmp_path / "clone"], check=True)
+    assert set(below(freeze(tmp_path / "clone").folder / "0")) == {"tasks.py", ".gitmodules"}
+
+
+def test_links_to_folders_are_frozen_as_folders_but_output_is_not(tmp_path: Path) -> None:
+    """In a repository and outside of one; what they lead to may be elsewhere, or the project itself."""
+    write(tmp_path / "shared", {"common.yaml": "b", "deep/more.yaml": "c"})
+    for project in (tmp_path / "plain", tmp_path / "repository"):
+        write(project, {"tasks.py": "a", "multirun/old/trial.log": ""})
+        for name, target in (("conf", tmp_path / "shared"), ("latest", "multirun"), ("me", ".")):
+            (project / name).symlink_to(target)
+    subprocess.run(["git", "-C", tmp_path / "repository", "init", "-q"], check=True)
+    for project in (tmp_path / "plain", tmp_path / "repository"):
+        taken = freeze(project)
+        found = below(taken.folder / "0")
+        assert found["conf/common.yaml"] == "b"
+        assert found["conf/deep/more.yaml"] == "c"
+        assert set(taken.left_out) == {"0/latest", "0/me"}
+
+
+def test_names_may_be_any_bytes_and_a_folder_may_be_included(tmp_path: Path) -> None:
+    project = repository(write(tmp_path / "project", {
+        "tasks.py": "a", "data/a": "b", "data/deep/.c": "d", ".gitignore": "data\nmultirun",
+    }))  # fmt: skip
+    odd = os.fsdecode(b"caf\xe9.txt")
+    (project / odd).write_text("e")
+    spec, taken = snapshot.freeze(spec_of(project, rules=SourceRules(include=("data",))))
+    assert taken.left_out == {"0/data": "git ignores it"} or "0/data/a" in taken.files
+    assert below(taken.folder / "0").items() >= {odd: "e", "data/a": "b", "data/deep/.c": "d"}.items()
+    assert bundle.write(spec) is None
+    packed = Path(spec.directory) / exchange.BUNDLE / exchange.ARCHIVE_NAME
+    assert archive.unpack_verified(packed, tmp_path / "there", taken.id).files == taken.files
+
+
+def test_files_of_secrets_are_not_frozen_unless_the_user_says_so(tmp_path: Path) -> None:
+    project = write(
+        tmp_path / "project", {"tasks.py": "a", ".env": "TOKEN=x", "keys/id_rsa": "y", "my.pem": "z"}
+    )
+    taken = freeze(project)
+    assert set(taken.left_out) == {"0/.env", "0/keys/id_rsa", "0/my.pem"}
+    assert set(taken.files) == {"0/tasks.py"}
+    assert "0/.env" in freeze(project, SourceRules(include=(".env",))).files
+
+
+def test_code_that_git_does_not_have_makes_a_tree_dirty(tmp_path: Path) -> None:
+    project = repository(write(tmp_path / "project", {"tasks.py": "a"}))
+    git = ["git", "-C", project, "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+
+    def is_dirty() -> bool:
+        state = source.git_state(project)
+        assert state is not None
+        return state.dirty
+
+    write(project, {"results.csv": "1", "multirun/old/code.py": ""})
+    assert not is_dirty()
+    write(project, {"pkg/new.py": ""})
+    assert is_dirty()
+
+
 def test_rules_say_what_else_belongs_to_it_and_what_does_not(tmp_path: Path) -> None:
     project = repository(write(tmp_path / "project", {
         "tasks.py": "a", "large": "x" * 2000, "wanted": "x" * 2000, "secret.txt": "b", "data/a": "c",
@@ -203,6 +272,33 @@ def test_files_that_have_not_changed_are_not_read_again(
     assert freeze(project) == first
 
 
+def test_a_snapshot_that_somebody_has_written_to_is_made_anew(tmp_path: Path) -> None:
+    """As root may, whatever the modes of the files; other snapshots with the same file get it as it was, too."""
+    project = write(tmp_path / "project", {"tasks.py": "a", "helper.py": "b"})
+    first = freeze(project)
+    (first.folder / "0/tasks.py").chmod(0o644)
+    (first.folder / "0/tasks.py").write_text("evil")
+    write(project, {"helper.py": "c"})
+    second = freeze(project)
+    assert below(second.folder / "0") == {"tasks.py": "a", "helper.py": "c"}
+    write(project, {"helper.py": "b"})
+    assert freeze(project) == first
+    assert below(first.folder / "0") == {"tasks.py": "a", "helper.py": "b"}
+
+
+def test_snapshots_that_are_taken_at_once_do_not_mix(tmp_path: Path) -> None:
+    """By processes that may have the same id, in containers."""
+    projects = [
+        write(tmp_path / name, {f"{number}.py": name * 5000 for number in range(40)})
+        for name in ("one", "two")
+    ]
+    for number in range(3):
+        store = tmp_path / f"store{number}"
+        with ThreadPoolExecutor() as pool:
+            taken = list(pool.map(lambda each: snapshot.take([each], store, SourceRules()), projects))  # noqa: B023
+        assert [snapshot.ident_of(each.folder) for each in taken] == [each.id for each in taken]
+
+
 def test_a_store_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     project = write(tmp_path / "project", {"tasks.py": "a", "multirun/.source": "no folder"})
     with pytest.raises(SweepError, match="the source cannot be frozen in"):
@@ -220,7 +316,7 @@ def test_what_is_frozen_travels_and_what_is_linked_does_not(tmp_path: Path) -> N
     write(project, {"tasks.py": "edited"})
     assert bundle.write(spec) is None
     there = tmp_path / "there"
-    source.unpack(Path(spec.directory) / exchange.BUNDLE / exchange.ARCHIVE_NAME, there)
+    archive.unpack(Path(spec.directory) / exchange.BUNDLE / exchange.ARCHIVE_NAME, there)
     assert spec.source is not None
     assert snapshot.ident_of(there) == spec.source.snapshot
     here = source.relocated(spec, there, there / "sweep")
@@ -235,10 +331,36 @@ def test_what_is_frozen_travels_and_what_is_linked_does_not(tmp_path: Path) -> N
     assert here.composition.search_path == (("main", f"file://{there}/0/conf"),)
 
 
+def test_what_trials_have_written_does_not_travel(tmp_path: Path) -> None:
+    spec, taken = snapshot.freeze(spec_of(write(tmp_path / "project", {"tasks.py": "a"})))
+    write(taken.folder / "0", {"__pycache__/tasks.pyc": "", "results.txt": "1"})
+    assert bundle.write(spec) is None
+    packed = Path(spec.directory) / exchange.BUNDLE / exchange.ARCHIVE_NAME
+    assert archive.unpack_verified(packed, tmp_path / "there", taken.id).id == taken.id
+    with pytest.raises(SweepError, match=r"^the source is not the recorded one: its hash is [0-9a-f]{16}, "):
+        archive.unpack_verified(packed, tmp_path / "other", "0" * 64)
+
+
+def test_what_was_written_to_does_not_travel_as_if_it_were_frozen(tmp_path: Path) -> None:
+    spec, taken = snapshot.freeze(spec_of(write(tmp_path / "project", {"tasks.py": "a"})))
+    (taken.folder / "0/tasks.py").chmod(0o644)
+    (taken.folder / "0/tasks.py").write_text("b")
+    assert bundle.write(spec) == f"{taken.folder}/0/tasks.py was changed after it was frozen"
+
+
+@pytest.mark.parametrize(
+    "data", [b"nothing", b"", gzip.compress(b"x" * 5000)[:-20], gzip.compress(b"x" * 5000)]
+)
+def test_a_broken_archive_is_one_error(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(data)
+    with pytest.raises(SweepError, match="the source cannot be unpacked in"):
+        archive.unpack(tmp_path / "a.tar.gz", tmp_path / "there")
+
+
 def test_what_is_too_large_to_travel_is_said_and_no_archive_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "_LARGEST_MB", 0.001)
+    monkeypatch.setattr(archive, "_LARGEST_MB", 0.001)
     spec, _ = snapshot.freeze(spec_of(write(tmp_path / "project", {"tasks.py": "a" * 2000})))
     assert bundle.write(spec) == "the files of the project take more than 0.001 MB"
     assert not (Path(spec.directory) / exchange.BUNDLE / exchange.ARCHIVE_NAME).exists()
@@ -257,3 +379,7 @@ def test_what_trials_write_beside_the_code_makes_no_other_code(tmp_path: Path) -
     assert snapshot.has_same_code(first.folder, second.folder)
     assert not snapshot.has_same_code(first.folder, third.folder)
     assert not snapshot.has_same_code(first.folder, tmp_path / "gone")
+    write(project, {"conf/config.yaml": "x: 1", "prompt.txt": "new"})
+    fourth = freeze(project)
+    write(project, {"prompt.txt": "other"})
+    assert not snapshot.has_same_code(fourth.folder, freeze(project).folder)

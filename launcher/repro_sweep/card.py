@@ -35,6 +35,27 @@ class Facts:
     originals: Sequence[Original]
 
 
+def kinds(originals: Iterable[Original]) -> list[Original]:
+    """One trial of each kind of record: there may be thousands, and hardly any two kinds."""
+    found: dict[str, Original] = {}
+    for each in originals:
+        found.setdefault(_kind(each.record), each)
+    return list(found.values())
+
+
+def _kind(record: TrialRecord | None) -> str:
+    """Equal for trials of which a card says the same."""
+    if record is None:
+        return ""
+    torch = record.facts.torch
+    return json.dumps([
+        record.task, record.commit, record.dirty, record.snapshot, record.environment.digest,
+        record.environment.system, bool(record.gpus_seen), torch and torch.model_dump(),
+        record.resources.model_dump(), record.determinism.model_dump(),
+        {name: each.model_dump() for name, each in record.data.items()},
+    ])  # fmt: skip
+
+
 def card(facts: Facts) -> str:
     """The card as Markdown."""
     ranking = facts.ranking
@@ -158,6 +179,8 @@ def _compute(facts: Facts, records: Sequence[TrialRecord]) -> str:
         )
     if len(cpus) == 1:
         lines.append(f"- CPU hours: {hours * next(iter(cpus)):.3g} ({next(iter(cpus)):g} CPUs a trial)")
+    elif cpus:
+        lines.append(f"- CPUs a trial: {_listed(f'{each:g}' for each in cpus)}")
     for what in ("cpu", "gpu"):
         found = Counter(tags.get(what, "") for tags in facts.tags.values())
         named = [f"{name} ({count} trials)" for name, count in found.most_common() if name]

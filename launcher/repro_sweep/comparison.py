@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from repro_sweep.states import Verdict
 
-Curves = Mapping[str, Mapping[int, float]]
-"""Values of metrics by their names, then by their steps."""
+Curves: TypeAlias = Mapping[str, Mapping[int, Sequence[float]]]
+"""Values of metrics by their names, then by their steps: at a step all that were logged, in any order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,51 +45,49 @@ class Comparison:
     first: Difference | None = None
 
 
-def compare(before: Curves, now: Curves, *, rtol: float = 0.0, until: int | None = None) -> Comparison:
+def compare(before: Curves, now: Curves, *, rtol: float = 0.0, cut: bool = False) -> Comparison:
     """Compare all values, in the order of their steps.
 
     Args:
         before: the original's.
         now: those of its repetition.
         rtol: how far apart two values may be, relative to the larger one, to be within tolerance.
-        until: nothing later than this step is compared.
+        cut: the original was ended before its own end, so what only its repetition has is not compared.
     """
-    keys = sorted(
-        {
-            (step, metric)
-            for curves in (before, now)
-            for metric, values in curves.items()
-            for step in values
-            if until is None or step <= until
-        }
-    )
+    both = (before,) if cut else (before, now)
+    keys = sorted({(step, metric) for curves in both for metric, values in curves.items() for step in values})
     if not keys:
         return Comparison(verdict=Verdict.UNVERIFIABLE, values=0)
     first: Difference | None = None
     verdict = Verdict.EXACT
     for step, metric in keys:
-        was, here = before.get(metric, {}).get(step), now.get(metric, {}).get(step)
-        if was is not None and here is not None and _same_bits(was, here):
+        was, here = before.get(metric, {}).get(step, ()), now.get(metric, {}).get(step, ())
+        if {*map(_bits, was)} == {*map(_bits, here)}:
             continue
+        found = Difference(metric=metric, step=step, was=_only_in(was, here), now=_only_in(here, was))
         if first is None:
-            first = Difference(metric=metric, step=step, was=was, now=here)
+            first = found
             verdict = Verdict.WITHIN_TOLERANCE
-        if was is None or here is None or not _near(was, here, rtol):
-            return Comparison(
-                verdict=Verdict.DIFFERS,
-                values=len(keys),
-                first=Difference(metric=metric, step=step, was=was, now=here) if rtol else first,
-            )
+        if not _near(was, here, rtol):
+            return Comparison(verdict=Verdict.DIFFERS, values=len(keys), first=found if rtol else first)
     return Comparison(verdict=verdict, values=len(keys), first=first)
 
 
-def _same_bits(one: float, other: float) -> bool:
+def _bits(value: float) -> bytes:
     """MLflow keeps no payload of a NaN, so all of these are the same."""
-    return struct.pack("<d", one) == struct.pack("<d", other) or (math.isnan(one) and math.isnan(other))
+    return struct.pack("<d", math.nan if math.isnan(value) else value)
 
 
-def _near(one: float, other: float, rtol: float) -> bool:
-    return rtol > 0 and math.isclose(one, other, rel_tol=rtol, abs_tol=0.0)
+def _only_in(some: Sequence[float], others: Sequence[float]) -> float | None:
+    """A value that the others do not have; where there is none, the last one."""
+    known = {*map(_bits, others)}
+    return next((value for value in some if _bits(value) not in known), some[-1] if some else None)
+
+
+def _near(some: Sequence[float], others: Sequence[float], rtol: float) -> bool:
+    pairs = list(zip(sorted(some), sorted(others), strict=False))
+    close = (math.isclose(one, other, rel_tol=rtol, abs_tol=0.0) for one, other in pairs)
+    return rtol > 0 and len(some) == len(others) and all(close)
 
 
 def _shown(value: float | None) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from repro_sweep.comparison import compare
-from repro_sweep.originals import Original, curves
-from repro_sweep.provenance import source
+from repro_sweep.errors import SweepError
+from repro_sweep.originals import Original
+from repro_sweep.provenance import archive
 from repro_sweep.reproducing import check_environment, differences
+from repro_sweep.results import histories
 from repro_sweep.tracking.encoding import params_of
 
 _LARGEST_TEXT = 1_000_000
@@ -29,7 +33,12 @@ class Line:
 
 
 def diff(one: Original, other: Original) -> dict[str, list[Line]]:
-    """All differences by section; empty where there are none. What MLflow lacks of either is a line of its own."""
+    """All differences by section; empty where there are none. What MLflow lacks of either is a line of its own.
+
+    Raises:
+        SweepError: a source is not the recorded one.
+        TrackingError: MLflow cannot be read.
+    """
     found: dict[str, list[Line]] = {name: [] for name in _SECTIONS}
     found["config"] = list(_mapping(params_of(one.config or "{}"), params_of(other.config or "{}")))
     found["code"] = list(_code(one, other))
@@ -39,7 +48,9 @@ def diff(one: Original, other: Original) -> dict[str, list[Line]]:
             *differences(one.record, other.record),
         )
         found["environment"] = [_told(line) for line in told]
-        found["environment"] += _mapping(one.record.facts.variables, other.record.facts.variables)
+        known = {line.what for line in found["environment"]}
+        variables = _mapping(one.record.facts.variables, other.record.facts.variables)
+        found["environment"] += (line for line in variables if line.what not in known)
         seeds = (str(each.record.facts.seed) for each in (one, other) if each.record is not None)
         found["config"] += _mapping({"(seed)": next(seeds)}, {"(seed)": next(seeds)})
         digests = (
@@ -52,7 +63,7 @@ def diff(one: Original, other: Original) -> dict[str, list[Line]]:
         found["environment"] = [Line(what="record", one=lacking[0], other=lacking[1])]
     finals = [{name: repr(value) for name, value in each.trial.metrics.items()} for each in (one, other)]
     found["metrics"] = list(_mapping(*finals))
-    first = compare(curves(one.trial), curves(other.trial)).first
+    first = compare(histories(one.trial), histories(other.trial)).first
     if first is not None:
         found["metrics"].append(
             Line(what=f"first: {first.metric} at step {first.step}", one=str(first.was), other=str(first.now))
@@ -92,33 +103,62 @@ def _code(one: Original, other: Original) -> Iterator[Line]:
         return
     with tempfile.TemporaryDirectory(prefix="repro-sweep-") as temporary:
         folders = [Path(temporary, name) for name in ("one", "other")]
-        for folder, each in zip(folders, (one, other), strict=True):
+        for folder, each, ident in zip(folders, (one, other), ids, strict=True):
             assert each.archive is not None
-            source.unpack(each.archive, folder)
+            try:
+                archive.unpack_verified(each.archive, folder, ident)
+            except SweepError as error:
+                raise SweepError(f"{each.name}: {error}") from error
         names = [
             {path.relative_to(folder).as_posix() for path in folder.rglob("*/*") if path.is_file()}
             for folder in folders
         ]
         for name in sorted(names[0] | names[1]):
-            texts = [_text(folder / name) for folder in folders]
-            if texts[0] != texts[1]:
-                path = name.partition("/")[2]
-                one_text, other_text = ((text or "").splitlines() for text in texts)
-                lines = difflib.unified_diff(one_text, other_text, path, path, lineterm="", n=1)
-                state = ["there" if name in each else None for each in names]
-                yield Line(what=path, one=state[0], other=state[1], text="\n".join(lines))
+            paths = [folder / name for folder in folders]
+            states = [_state(each) for each in paths]
+            text = _changes(paths, name.partition("/")[2])
+            if text or states[0] != states[1]:
+                yield Line(what=name.partition("/")[2], one=states[0], other=states[1], text=text)
 
 
 def _there(original: Original) -> str:
     return "not in MLflow" if original.archive is None else "there"
 
 
-def _text(path: Path) -> str | None:
+def _state(path: Path) -> str | None:
     if not path.is_file():
         return None
+    return "there, executable" if os.access(path, os.X_OK) else "there"
+
+
+def _changes(paths: Sequence[Path], name: str) -> str:
+    """A unified diff, of sizes and hashes where there are no lines to show; empty where both hold the same."""
+    digests = [_digest(path) for path in paths]
+    if digests[0] == digests[1]:
+        return ""
+    before, now = (_lines(path) for path in paths)
+    if before is None or now is None or before == now:  # the same but for the ends of lines
+        before, now = (
+            [f"({path.stat().st_size} bytes, sha256 {digest[:16]})"] if digest is not None else []
+            for path, digest in zip(paths, digests, strict=True)
+        )
+    return "\n".join(difflib.unified_diff(before, now, name, name, lineterm="", n=1))
+
+
+def _digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lines(path: Path) -> list[str] | None:
+    """The lines of a file, none where there is no file; None of what is large or no text."""
+    if not path.is_file():
+        return []
     if path.stat().st_size > _LARGEST_TEXT:
-        return f"({path.stat().st_size} bytes)"
+        return None
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        return f"(binary, {path.stat().st_size} bytes)"
+        return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -12,9 +14,12 @@ import yaml
 
 from repro_sweep.errors import SweepError
 from repro_sweep.originals import Original
-from repro_sweep.provenance import source
+from repro_sweep.provenance import archive, source
 from repro_sweep.provenance.record import TrialRecord
+from repro_sweep.results import histories, tags_of
+from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
+from repro_sweep.tracking.encoding import safe_key
 
 _FILES = {"run.py": "run.py", "repro_sweep.py": "stand_in/repro_sweep.py"}
 _SOURCE = "source"
@@ -29,15 +34,15 @@ MLflow run `{run_id}`; git commit {commit}.
 
 ## Run it
 
-It needs Python {python} and the packages of `requirements.txt`; repro-sweep may be missing.
+It needs Python {python} and the packages of `requirements.txt`; repro-sweep may be missing, `stand_in` takes its place.
 
     python{minor} -m venv venv
     venv/bin/pip install --no-deps -r requirements.txt
     venv/bin/python run.py
 
 `run.py` calls the task with `config.yaml`, seeded as it was, and prints its final metrics beside the recorded ones; its
-exit status is 1 if one differs. Hydra is not started, so a task that asks Hydra for its configuration needs
-`repro-sweep reproduce` instead.
+exit status is 1 if one differs or is missing, or if there are none. What the task has logged with MLflow itself is not
+compared. Hydra is not started, so a task that asks Hydra for its configuration needs `repro-sweep reproduce` instead.
 
 ## What it ran on
 
@@ -61,22 +66,25 @@ def export(original: Original, target: Path) -> list[str]:
         What is not in it, a line each.
 
     Raises:
-        SweepError: MLflow lacks something that it needs, or it cannot be written.
+        SweepError: MLflow lacks something that it needs, the source is not the recorded one, or it cannot be
+            written. Then nothing is left behind.
+        TrackingError: MLflow cannot be read.
     """
     if original.missing:
         raise SweepError(f"{original.name}: MLflow does not have {'; '.join(original.missing)}")
     if target.exists():
         raise SweepError(f"{target} exists already")
+    is_zip = target.suffix == ".zip"
+    there = next(each for each in target.absolute().parents if each.is_dir())
     try:
-        if target.suffix != ".zip":
-            target.mkdir(parents=True)
-            return _write(original, target)
-        with tempfile.TemporaryDirectory(prefix="repro-sweep-") as temporary:
-            folder = Path(temporary, target.stem)
-            folder.mkdir()
-            lacking = _write(original, folder)
+        with tempfile.TemporaryDirectory(prefix=".repro-sweep-", dir=there) as temporary:
+            made = Path(temporary, target.stem if is_zip else target.name)
+            made.mkdir()
+            lacking = _write(original, made)
+            if is_zip:
+                made = Path(shutil.make_archive(f"{made}", "zip", temporary, made.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.make_archive(str(target.with_suffix("")), "zip", temporary, target.stem)
+            made.rename(target)
             return lacking
     except OSError as error:
         raise SweepError(f"{target} cannot be written: {error}") from error
@@ -88,8 +96,10 @@ def _write(original: Original, folder: Path) -> list[str]:
     assert spec is not None
     assert spec.source is not None
     assert original.archive is not None
-    source.unpack(original.archive, folder / _SOURCE)
-    manifest = json.loads((folder / _SOURCE / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        found = archive.unpack_verified(original.archive, folder / _SOURCE, record.snapshot)
+    except SweepError as error:
+        raise SweepError(f"{original.name}: {error}") from error
     here = source.relocated(spec, folder / _SOURCE, folder)
 
     def relative(path: str) -> str | None:
@@ -106,6 +116,7 @@ def _write(original: Original, folder: Path) -> list[str]:
         "cwd": relative(here.task.cwd) or ".",
         "sys_path": paths,
         "seed": record.facts.seed,
+        "seed_at_import": record.determinism.seed,
         "strict": record.determinism.strict,
         "threads": record.facts.torch.threads if record.facts.torch is not None else record.resources.threads,
         "variables": {
@@ -113,17 +124,18 @@ def _write(original: Original, folder: Path) -> list[str]:
             for key, value in record.facts.variables.items()
             if key.endswith("_NUM_THREADS") or key in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
         },
-        "metrics": dict(original.trial.metrics),
+        "objectives": [each.metric for each in spec.all_objectives],
+        **_metrics(original),
     }
     texts = {
-        "trial.json": json.dumps(about, indent=1),
+        "trial.json": json.dumps(about, indent=1, allow_nan=False),
         "config.yaml": original.config,
         "overrides.yaml": yaml.safe_dump(list(record.overrides), allow_unicode=True),
         "record.json": record.model_dump_json(indent=1),
         "requirements.txt": record.environment.lock(),
         "data.json": json.dumps({name: each.model_dump() for name, each in record.data.items()}, indent=1),
     }
-    lacking = [f"{name.partition('/')[2]} ({why})" for name, why in manifest["left_out"].items()]
+    lacking = [f"{name.partition('/')[2]} ({why})" for name, why in found.left_out.items()]
     texts["README.md"] = _readme(original, record, spec, lacking)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -132,6 +144,30 @@ def _write(original: Original, folder: Path) -> list[str]:
         text = resources.files("repro_sweep.provenance.exported").joinpath(name).read_text(encoding="utf-8")
         (folder / path).write_text(text, encoding="utf-8")
     return lacking
+
+
+def _metrics(original: Original) -> dict[str, object]:
+    """The final metrics, apart from those that the task has logged with MLflow itself, as far as that is known.
+
+    ``until``: of a trial that was pruned, the last step of each.
+    """
+    trial = original.trial
+    # where they are too long for a tag, nobody knows which are whose
+    own = json.loads(tags_of(trial.run_id, trial.uri).get("metrics") or "{}") or trial.metrics
+    until = None
+    if trial.state is TrialState.PRUNED:
+        steps = histories(trial)
+        until = {name: max(steps[safe_key(name)]) for name in own if steps.get(safe_key(name))}
+    return {
+        "metrics": _finite({name: value for name, value in trial.metrics.items() if name in own}),
+        "logged": _finite({name: value for name, value in trial.metrics.items() if name not in own}),
+        "until": until,
+    }
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN and no infinities, so these are text."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
 def _readme(original: Original, record: TrialRecord, spec: SweepSpec, lacking: list[str]) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from repro_sweep.comparison import Curves
 from repro_sweep.errors import SweepError, TrackingError
 from repro_sweep.exchange import ARCHIVE_NAME, RECORD_NAME
 from repro_sweep.provenance.bundle import DATA_NAME, SWEEP_NAME
@@ -23,11 +22,9 @@ from repro_sweep.results import (
     artifact_of,
     find_run,
     find_sweep,
-    histories,
     read_trials,
-    run_of_sweep,
+    sweep_of,
 )
-from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking.encoding import CONFIG_ARTIFACT, FOLDER, bundle_path
 
@@ -136,20 +133,19 @@ def _load(found: Original, fetch: _Fetch) -> Original:
         missing.append("its source (it was not frozen)")
     elif record is not None and record.snapshot is not None:
         # of a result that was taken over, the sweep is another one: the one that has run it
-        home = sweep.run_id if record.sweep_id == sweep.sweep_id else run_of_sweep(record.sweep_id, sweep.uri)
+        home = sweep if record.sweep_id == sweep.sweep_id else sweep_of(record.sweep_id, sweep.uri)
+        run_id = "" if home is None else home.run_id
         with contextlib.suppress(FileNotFoundError):
-            text = fetch(home, bundle_path(record.snapshot, SWEEP_NAME), sweep.uri).read_text(
-                encoding="utf-8"
+            spec = _spec(
+                fetch(run_id, bundle_path(record.submission, SWEEP_NAME), sweep.uri).read_text("utf-8")
             )
-            spec = _spec(text)
         with contextlib.suppress(FileNotFoundError, ValueError):
-            manifests = json.loads(
-                fetch(home, bundle_path(record.snapshot, DATA_NAME), sweep.uri).read_text(encoding="utf-8")
-            )
+            file = fetch(run_id, bundle_path(record.submission, DATA_NAME), sweep.uri)
+            manifests = json.loads(file.read_text("utf-8"))
         if spec is None:
             missing.append("what was submitted")
         try:
-            archive = fetch(home, bundle_path(record.snapshot, ARCHIVE_NAME), sweep.uri)
+            archive = fetch(run_id, bundle_path(record.submission, ARCHIVE_NAME), sweep.uri)
         except FileNotFoundError:
             missing.append("its source")
     return replace(
@@ -168,22 +164,3 @@ def _spec(text: str) -> SweepSpec | None:
         return SweepSpec.model_validate(json.loads(text))
     except (ValidationError, ValueError):
         return None
-
-
-def curves(trial: Trial) -> Curves:
-    """All metrics of a trial at all steps, as MLflow has them; of several values at one step the last.
-
-    Raises:
-        TrackingError: MLflow cannot be read.
-    """
-    return histories(trial)
-
-
-def last_step(found: Curves) -> int | None:
-    """The last step of any metric."""
-    return max((step for values in found.values() for step in values), default=None)
-
-
-def is_cut(trial: Trial) -> bool:
-    """Whether a trial was ended before its own end, so that a repetition may go further."""
-    return trial.state is TrialState.PRUNED

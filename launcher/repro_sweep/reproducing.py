@@ -6,42 +6,38 @@ not the recorded one.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from repro_sweep.comparison import Comparison, Curves, compare
+from repro_sweep.comparison import Comparison, compare
 from repro_sweep.errors import SweepError
 from repro_sweep.ledger import Ledger
-from repro_sweep.originals import Original, curves, is_cut, last_step
-from repro_sweep.provenance import data, environment, snapshot, source
+from repro_sweep.originals import Original
+from repro_sweep.provenance import archive, bundle, data, environment, snapshot, source
 from repro_sweep.provenance.environment import Environment
 from repro_sweep.provenance.record import TrialRecord
 from repro_sweep.records import NewTrial
-from repro_sweep.states import TrialState, Verdict
-from repro_sweep.sweep import Data, Origin, Source, SweepSpec
-from repro_sweep.tracking.encoding import Curve, points_of, safe_key
+from repro_sweep.results import Trial, histories, is_whole
+from repro_sweep.states import FailureKind, TrialState, Verdict
+from repro_sweep.sweep import Origin, Source, SweepSpec
 
 _SOURCE = "source"
 _OURSELVES = "repro-sweep"
-_OF_THE_MACHINE = frozenset(
-    {
-        "CUDA_VISIBLE_DEVICES",
-        "LD_LIBRARY_PATH",
-        "LD_PRELOAD",
-        "VIRTUAL_ENV",
-        "PYTHONPATH",
-        "PYTHONHOME",
-        "LANG",
-        "TZ",
-    }
-)
-_OF_THE_MACHINE_TOO = ("SLURM_", "CONDA_", "NVIDIA_", "LC_", "NCCL_")
+_NUMERIC = (
+    "PYTHONHASHSEED", "*_NUM_THREADS", "*_MAXIMUM_THREADS", "OMP_*", "GOMP_*", "KMP_*", "MKL_*", "OPENBLAS_*",
+    "BLIS_*", "NUMEXPR_*", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TF_*", "XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DEFAULT_PRNG_IMPL",
+)  # fmt: skip
+"""Variables that change results, and say nothing of one machine."""
+_OF_ONE_RUN = ("SLURM_*", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV", "CONDA_*")
+_OF_THE_TASK = frozenset({FailureKind.EXCEPTION, FailureKind.INVALID_METRIC})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +65,12 @@ class Repetition:
     originals: Mapping[int, Original]
     variables: Mapping[str, str | None] = field(default_factory=dict)
     """Of the environment, for the sweep's processes; None: without it."""
-    notes: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    """The folders that the source was frozen from."""
+    lacking: tuple[str, ...] = ()
+    """Files and folders of the project that were not frozen, and are not here."""
+    known: tuple[str, ...] = ()
+    """What is known not to be as it was, and was allowed."""
 
 
 def groups(originals: Iterable[Original]) -> list[list[Original]]:
@@ -79,9 +80,9 @@ def groups(originals: Iterable[Original]) -> list[list[Original]]:
         assert each.record is not None
         record = each.record
         key = json.dumps([
-            record.sweep_id, record.snapshot, record.environment.digest, record.resources.model_dump(),
+            record.sweep_id, record.submission, record.environment.digest, record.resources.model_dump(),
             record.determinism.model_dump(), {name: one.digest for name, one in record.data.items()},
-            _numeric(record.facts.variables),
+            _matching(record.facts.variables, _NUMERIC),
         ])  # fmt: skip
         found.setdefault(key, []).append(each)
     return list(found.values())
@@ -102,6 +103,7 @@ def rebuild(
     *,
     uri: str,
     command: str,
+    anyway: bool,
 ) -> Repetition:
     """Build the source of such trials in an empty folder, and the sweep that runs them there.
 
@@ -111,6 +113,7 @@ def rebuild(
         executor: name and options of where to run; None: as many slots here as fit.
         uri: the MLflow store.
         command: the command line, for the record.
+        anyway: take files that were not frozen from where they lay, if they still do.
 
     Raises:
         SweepError: the source is not what was recorded, or cannot be built.
@@ -124,23 +127,26 @@ def rebuild(
     folder = directory / _SOURCE
     try:
         folder.mkdir(parents=True, mode=0o700)
-        source.unpack(first.archive, folder)
-    except (OSError, EOFError, ValueError) as error:
-        raise SweepError(f"the source of {first.name} cannot be unpacked in {folder}: {error}") from error
-    found = snapshot.Snapshot.read(folder)
-    if (ident := snapshot.ident_of(folder)) != record.snapshot:
-        raise SweepError(
-            f"the source of {first.name} is not the recorded one: its hash is {ident[:16]}, recorded is"
-            f" {(record.snapshot or '')[:16]}"
-        )
-    notes = tuple(_link_what_was_left_out(found, old.source.roots))
+    except OSError as error:
+        raise SweepError(f"{folder} cannot be made: {error}") from error
+    found = archive.unpack_verified(first.archive, folder, record.snapshot)
+    lay = {
+        name: Path(old.source.roots[int(name.partition("/")[0])], name.partition("/")[2])
+        for name in found.left_out
+    }
+    lain = [Path(each.uri) for each in old.data.values()]
+    wanted = {name: path for name, path in lay.items() if anyway or any(map(path.is_relative_to, lain))}
+    lacking = _link_what_was_left_out(found, wanted)
     moved = source.relocated(old, folder, directory)
+    data_then = {
+        name: each.model_copy(update={"uri": old.data[name].uri}) for name, each in record.data.items()
+    }
     roots = tuple(str(folder / str(number)) for number in range(len(old.source.roots)))
     name, options = executor or ("local", {})
     spec = moved.model_copy(update={
         "sweep_id": uuid.uuid4().hex, "name": directory.name, "directory": str(directory),
         "source": Source(snapshot=found.id, folder=str(folder), roots=roots), "resources": record.resources,
-        "determinism": record.determinism, "data": _moved(record.data, old.source.roots, roots),
+        "determinism": record.determinism, "data": source.data_in(data_then, old.source.roots, folder),
         "tracking": old.tracking.model_copy(update={"uri": uri}), "executor_name": name, "executor": dict(options),
         "origin": Origin.here(command, git_commit=record.commit, git_dirty=record.dirty), "created_at": time.time(),
         "reuse": False, "search": None, "pruner": None, "sampler": "grid", "detach": False, "max_failures": None,
@@ -155,53 +161,40 @@ def rebuild(
         for each in originals
     )  # fmt: skip
     return Repetition(
-        spec=spec, trials=trials, originals={each.trial.number: each for each in originals},
-        variables=_variables(record), notes=notes,
+        spec=bundle.identified(spec), trials=trials, originals={each.trial.number: each for each in originals},
+        variables=_variables(record), roots=old.source.roots, lacking=tuple(lacking),
     )  # fmt: skip
 
 
-def _link_what_was_left_out(found: snapshot.Snapshot, roots: Sequence[str]) -> Iterable[str]:
-    """Take files that were not frozen from where they lay, if they still do: nobody knows whether they are the same."""
-    for name, why in found.left_out.items():
-        number, _, path = name.partition("/")
-        lay, target = Path(roots[int(number)], path), found.folder / name
-        if lay.exists() and not target.exists():
+def _link_what_was_left_out(found: snapshot.Snapshot, where: Mapping[str, Path]) -> list[str]:
+    """Take files that were not frozen from where they lie; returns what could not be had so."""
+    lacking = []
+    for name in found.left_out:
+        lay, target = where.get(name), found.folder / name
+        if lay is None or not lay.exists():
+            lacking.append(name.partition("/")[2])
+        elif not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(lay)
-        if "max_mb" in why:
-            what = f"is taken from {lay}" if lay.exists() else "is not there"
-            yield f"{path} was not frozen ({why}) and {what}"
+    return lacking
 
 
-def _moved(found: Mapping[str, Data], old: Sequence[str], new: Sequence[str]) -> dict[str, Data]:
-    """Data within the project are read where its source is now."""
-    moved = {}
-    for name, each in found.items():
-        uri = each.uri
-        for root, there in zip(old, new, strict=True):
-            if uri.startswith(f"{root}/") and Path(there + uri[len(root) :]).exists():
-                uri = there + uri[len(root) :]
-        moved[name] = each.model_copy(update={"uri": uri})
-    return moved
-
-
-def _numeric(variables: Mapping[str, str]) -> dict[str, str]:
-    """Those that change results and are not about one machine."""
+def _matching(variables: Mapping[str, str], patterns: Sequence[str]) -> dict[str, str]:
     return {
         key: value
         for key, value in variables.items()
-        if key not in _OF_THE_MACHINE and not key.startswith(_OF_THE_MACHINE_TOO)
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
     }
 
 
 def _variables(record: TrialRecord) -> dict[str, str | None]:
     """What the processes of the new sweep must have in their environment so that its trials have what they had."""
-    here, there = _numeric(environment.variables(os.environ)), _numeric(record.facts.variables)
-    own = {str(record.resources.threads), "1"}
+    here = _matching(environment.variables(os.environ), _NUMERIC)
+    there = _matching(record.facts.variables, _NUMERIC)
+    threads = str(record.resources.threads)
     wanted: dict[str, str | None] = {key: None for key in here if key not in there}
     for key, value in there.items():
-        made_here = key.endswith("_NUM_THREADS") or key == "VECLIB_MAXIMUM_THREADS"
-        if made_here and value in own and value == str(record.resources.threads):
+        if key.endswith(("_NUM_THREADS", "_MAXIMUM_THREADS")) and value == threads:
             wanted[key] = None  # workers do this themselves
         elif here.get(key) != value:
             wanted[key] = value
@@ -215,12 +208,14 @@ def check_data(made: Repetition) -> tuple[list[str], list[str]]:
     """
     store = Path(made.spec.directory).parent / snapshot.STORE_NAME
     original = next(iter(made.originals.values()))
-    assert original.record is not None
+    assert original.spec is not None
     for digest, files in original.manifests.items():
         data.keep_manifest(store, digest, files)
     read = {name: data.changed(name, each, store) for name, each in made.spec.data.items()}
     there = {
-        name: each for name, each in original.record.data.items() if each.uri != made.spec.data[name].uri
+        name: each.model_copy(update={"uri": original.spec.data[name].uri})
+        for name, each in made.spec.data.items()
+        if each.uri != original.spec.data[name].uri
     }
     lie = {name: data.changed(name, each, store) for name, each in there.items() if Path(each.uri).exists()}
     return [each for each in read.values() if each], [each for each in lie.values() if each]
@@ -268,7 +263,24 @@ def differences(was: TrialRecord, now: TrialRecord) -> tuple[str, ...]:
         ("cuda", was.facts.torch and was.facts.torch.cuda, now.facts.torch and now.facts.torch.cuda),
         ("cudnn", was.facts.torch and was.facts.torch.cudnn, now.facts.torch and now.facts.torch.cudnn),
     )
-    return tuple(f"{what}: {before} before, {here} now" for what, before, here in pairs if before != here)
+    found = [f"{what}: {before} before, {here} now" for what, before, here in pairs if before != here]
+    before, here = (
+        {
+            key: value
+            for key, value in each.facts.variables.items()
+            if not _matching({key: value}, (*_NUMERIC, *_OF_ONE_RUN))
+        }
+        for each in (was, now)
+    )
+    return (*found, *_told(before, here))
+
+
+def _told(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [
+        f"{key}: {before.get(key, 'not set')} before, {now.get(key, 'not set')} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
 
 
 def _gpus(record: TrialRecord) -> str:
@@ -279,12 +291,7 @@ def _gpus(record: TrialRecord) -> str:
 
 def broken_conditions(was: TrialRecord, now: TrialRecord) -> list[str]:
     """What had to be the same in both runs, and was not: then equal results prove nothing."""
-    before, here = _numeric(was.facts.variables), _numeric(now.facts.variables)
-    found = [
-        f"{key}: {before.get(key, 'not set')} before, {here.get(key, 'not set')} now"
-        for key in sorted({*before, *here})
-        if before.get(key) != here.get(key)
-    ]
+    found = _told(_matching(was.facts.variables, _NUMERIC), _matching(now.facts.variables, _NUMERIC))
     pairs: list[tuple[str, object, object]] = [
         ("seed", was.facts.seed, now.facts.seed),
         ("source", was.snapshot, now.snapshot),
@@ -304,47 +311,57 @@ def _digests(record: TrialRecord) -> dict[str, str]:
     return {name: each.digest for name, each in record.data.items()}
 
 
-def judge(original: Original, ledger: Ledger, *, rtol: float, allowed: Sequence[str] = ()) -> Result:
+def judge(
+    original: Original, made: Repetition, ledger: Ledger, again: Trial | None, *, rtol: float, anyway: bool
+) -> Result:
     """The verdict on a trial that was run again.
 
     Args:
         original: what it was.
-        ledger: of the sweep that has run it again.
+        made: what has run it again.
+        ledger: of that sweep.
+        again: what it is now in MLflow; None if it has no run.
         rtol: see :func:`repro_sweep.comparison.compare`.
-        allowed: differences of the environment that the user has allowed.
+        anyway: another environment is no reason not to compare.
+
+    Raises:
+        TrackingError: MLflow cannot be read.
     """
+    was = original.record
+    assert was is not None
     trial = ledger.trial(original.trial.number)
-    assert original.record is not None
     attempt = ledger.attempts(trial.number)[-1] if trial.attempt is not None else None
-    if trial.state is not TrialState.COMPLETE:
+    run_id = None if again is None else again.run_id
+
+    def unverifiable(*reasons: str) -> Result:
+        return Result(original=original, verdict=Verdict.UNVERIFIABLE, reasons=reasons, run_id=run_id)
+
+    if trial.state not in (TrialState.COMPLETE, original.trial.state):
         said = (attempt.message if attempt is not None else None) or "it did not run"
-        verdict = (
-            Verdict.DIFFERS
-            if trial.state is TrialState.FAIL and attempt is not None
-            else Verdict.UNVERIFIABLE
-        )
-        return Result(original=original, verdict=verdict, reasons=(f"it ends as {trial.state} now: {said}",))
-    record = _record(ledger.spec.trial_directory(trial.directory))
-    if record is None:
-        return Result(
-            original=original, verdict=Verdict.UNVERIFIABLE, reasons=("its repetition has no record",)
-        )
-    broken = broken_conditions(original.record, record)
-    around = (*allowed, *differences(original.record, record))
-    if broken:
-        return Result(
-            original=original, verdict=Verdict.UNVERIFIABLE, reasons=tuple(broken), differences=around
-        )
-    was = curves(original.trial)
-    until = last_step(was) if is_cut(original.trial) else None
-    comparison = compare(was, _curves(ledger, trial.number), rtol=rtol, until=until)
-    reasons = () if comparison.values else ("it has no metrics to compare",)
+        reason = f"it ends as {trial.state} now: {said}"
+        task = trial.state is TrialState.PRUNED or (attempt is not None and attempt.kind in _OF_THE_TASK)
+        if not task or made.lacking:
+            return unverifiable(reason, *(f"{name} was not frozen" for name in made.lacking))
+        return Result(original=original, verdict=Verdict.DIFFERS, reasons=(reason,), run_id=run_id)
+    now = _record(ledger.spec.trial_directory(trial.directory))
+    if now is None:
+        return unverifiable("its repetition has no record")
+    if again is None or not is_whole(again):
+        return unverifiable(f"not all of it is in MLflow yet: repro-sweep sync {ledger.path.parent}")
+    broken = broken_conditions(was, now)
+    other = check_environment(was.environment, now.environment, made.roots)
+    around = (*made.known, *(other if anyway else ()), *differences(was, now))
+    if broken or (other and not anyway):
+        return replace(unverifiable(*broken, *other), differences=around)
+    cut = original.trial.state is TrialState.PRUNED and trial.state is TrialState.COMPLETE
+    comparison = compare(histories(original.trial), histories(again), rtol=rtol, cut=cut)
     return Result(
         original=original,
         verdict=comparison.verdict,
         comparison=comparison,
-        reasons=reasons,
+        reasons=() if comparison.values else ("it has no metrics to compare",),
         differences=around,
+        run_id=run_id,
     )
 
 
@@ -355,22 +372,6 @@ def _record(directory: Path) -> TrialRecord | None:
         return TrialRecord.parse((directory / RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, SweepError):
         return None
-
-
-def _curves(ledger: Ledger, number: int) -> Curves:
-    """A trial's metrics as MLflow will have them."""
-    curve = Curve()
-    points = []
-    for report in ledger.reports(trial=number):
-        some = points_of(report.metrics, step=report.step, at=report.time)
-        curve.add(some)
-        points += some
-    attempt = ledger.attempts(number)[-1]
-    points += curve.final(attempt.metrics, attempt.ended_at)
-    found: dict[str, dict[int, float]] = {}
-    for point in sorted(points, key=lambda each: each.at_ms):
-        found.setdefault(safe_key(point.key), {})[point.step] = point.value
-    return found
 
 
 def discard(directory: Path) -> None:

@@ -288,8 +288,8 @@ def find_run(run_id: str, uri: str) -> tuple[Sweep, Trial]:
         return _sweep(client.get_run(run.data.tags["mlflow.parentRunId"]), uri), _trial(run, uri)
 
 
-def run_of_sweep(sweep_id: str, uri: str) -> str:
-    """The id of a sweep's own run; empty where there is none.
+def sweep_of(sweep_id: str, uri: str) -> Sweep | None:
+    """A sweep by its id; None where it has no run.
 
     Raises:
         TrackingError: the store cannot be read.
@@ -297,7 +297,7 @@ def run_of_sweep(sweep_id: str, uri: str) -> str:
     with _reading(uri):
         client = _client(uri)
         condition = f"tags.`{PREFIX}kind` = 'sweep' and tags.`{PREFIX}sweep_id` = '{sweep_id}'"
-        return next((run.info.run_id for run in _runs(client, _experiments(client), condition)), "")
+        return next((_sweep(run, uri) for run in _runs(client, _experiments(client), condition)), None)
 
 
 def artifact_of(run_id: str, path: str, uri: str) -> Path:
@@ -311,8 +311,8 @@ def artifact_of(run_id: str, path: str, uri: str) -> Path:
         return _download(run_id, path, uri)
 
 
-def histories(trial: Trial) -> dict[str, dict[int, float]]:
-    """All values of a trial's metrics by name and step, of several at one step the last; from where it has run.
+def histories(trial: Trial) -> dict[str, dict[int, list[float]]]:
+    """All values of a trial's metrics by name and step, from where it has run; equal ones at one step once.
 
     Raises:
         TrackingError: the store cannot be read.
@@ -320,11 +320,25 @@ def histories(trial: Trial) -> dict[str, dict[int, float]]:
     with _reading(trial.uri):
         client = _client(trial.uri)
         *_, run_id = trial._runs()
-        found: dict[str, dict[int, float]] = {}
+        found: dict[str, dict[int, list[float]]] = {}
         for metric in client.get_run(run_id).data.metrics:
-            points = sorted(client.get_metric_history(run_id, metric), key=lambda each: each.timestamp)
-            found[metric] = {point.step: restored(point.value) for point in points}
+            by_step = found.setdefault(metric, {})
+            for point in client.get_metric_history(run_id, metric):
+                values, value = by_step.setdefault(point.step, []), restored(point.value)
+                if value not in values:
+                    values.append(value)
         return found
+
+
+def is_whole(trial: Trial) -> bool:
+    """Whether a trial's run has ended for MLflow, so that nothing of it is on its way.
+
+    Raises:
+        TrackingError: the store cannot be read.
+    """
+    with _reading(trial.uri):
+        status: str = _client(trial.uri).get_run(trial.run_id).info.status
+        return status not in ("RUNNING", "SCHEDULED")
 
 
 def tags_of_trials(sweep: Sweep) -> dict[int, dict[str, str]]:
@@ -342,19 +356,6 @@ def tags_of_trials(sweep: Sweep) -> dict[int, dict[str, str]]:
             own = {key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)}
             found[int(own["trial"])] = own
         return found
-
-
-def runs_of(sweep_id: str, uri: str) -> dict[int, str]:
-    """The ids of the runs of a sweep's trials, by their numbers.
-
-    Raises:
-        TrackingError: the store cannot be read.
-    """
-    with _reading(uri):
-        client = _client(uri)
-        condition = f"tags.`{PREFIX}kind` = 'trial' and tags.`{PREFIX}sweep_id` = '{sweep_id}'"
-        runs = _runs(client, _experiments(client), condition)
-        return {int(_tag(run, "trial")): run.info.run_id for run in runs}
 
 
 def tags_of(run_id: str, uri: str) -> dict[str, str]:

@@ -12,20 +12,21 @@ import os
 import re
 import secrets
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from repro_sweep import machine, task
 from repro_sweep.config.compose import composition_of
+from repro_sweep.config.nodes import held
 from repro_sweep.config.optuna_samplers import DEFAULT_TRIALS
 from repro_sweep.config.optuna_sweeper import Translation
 from repro_sweep.config.schema import DeterminismConf, SweepConf
@@ -36,7 +37,7 @@ from repro_sweep.provenance import data
 from repro_sweep.provenance.snapshot import STORE_NAME
 from repro_sweep.provenance.source import code_fingerprint, git_state
 from repro_sweep.records import now
-from repro_sweep.redaction import is_secret, secret_message, without_secrets
+from repro_sweep.redaction import has_password, is_secret, redacted, revealed, without_secrets
 from repro_sweep.search import base as searchers
 from repro_sweep.search.grid import GridConf
 from repro_sweep.search.samplers import checked_seed
@@ -68,6 +69,14 @@ _HYDRA_SUBDIR = "${hydra.job.num}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CONSTRAINT = re.compile(r"\s*(.+?)\s*(<=|>=)\s*(\S+)\s*")
 _MAX_SEED = 2**31
+_REFERENCE = re.compile(r"(?<!\\)\$\{\s*([^${}:\s]+)\s*\}")
+_ENV = re.compile(r"(?<!\\)\$\{\s*oc\.env\s*:\s*(\w+)\s*(?:,([^${}'\"]*))?\}")
+_KEPT = frozenset({"runtime_env", "env_vars"})
+"""Options of executors in which interpolations of the environment are resolved where they are used."""
+_RESOLVER = re.compile(r"(?<!\\)\$\{\s*([\w.]+)\s*:")
+_RESOLVERS = frozenset({"oc.env", "oc.decode", "oc.create"})
+_SHELL = "setup"
+"""And the one whose lines a shell reads, which has the environment itself."""
 _Number = TypeVar("_Number", int | None, float | None, float)
 
 
@@ -152,7 +161,9 @@ def adopt(options: SweepConf, config: DictConfig, asked: Translation) -> Chosen:
     A sampler that the ``sweep`` node chooses replaces the other one, and nothing else of what is asked for.
     """
     choice = str(config.hydra.runtime.choices.get("sweep/sampler") or "grid")
-    sampler = Chosen(name=choice, options=_plain(options.sampler))
+    sampler = Chosen(
+        name=choice, options=_plain(options.sampler, "sweep.sampler", not_secret=options.not_secret)
+    )
     if asked.sampler is None:
         return sampler
     if choice == "grid" and asked.search:
@@ -312,7 +323,7 @@ def specify(
         metric=objectives[0].metric if objectives else None,
         direction=objectives[0].direction if objectives else _direction(options.direction, UNNAMED_METRIC),
         executor_name=_executor_name(options.executor, str(choices.get("sweep/executor") or "local")),
-        executor=_plain(options.executor),
+        executor=_plain(options.executor, "sweep.executor", not_secret=options.not_secret),
         sampler=sampler.name,
         max_failures=_not_negative(options.max_failures, "sweep.max_failures"),
         log_limit_mb=_positive(options.log_limit_mb, "sweep.log_limit_mb"),
@@ -324,15 +335,15 @@ def specify(
         detach=options.detach,
         checkpoint_uri=_checkpoint_uri(options.checkpoint_uri),
         source_rules=SourceRules(
-            include=tuple(options.source.include),
-            exclude=tuple(options.source.exclude),
+            include=_patterns(options.source.include, "sweep.source.include"),
+            exclude=_patterns(options.source.exclude, "sweep.source.exclude"),
             max_mb=_positive(options.source.max_mb, "sweep.source.max_mb"),
         ),
         not_secret=tuple(options.not_secret),
         determinism=determinism,
         data=_data(options.data, cwd, directory.parent / STORE_NAME),
         objectives=objectives if len(objectives) > 1 else (),
-        pruner=_pruner(options.pruner, choices.get("sweep/pruner"), "sweep/pruner"),
+        pruner=_pruner(options, "pruner", choices.get("sweep/pruner")),
         search=_search(options, sampler, choices.get("sweep/repeats_pruner"), params, overrides),
     )
 
@@ -342,6 +353,7 @@ def _checkpoint_uri(uri: str | None) -> str | None:
     if uri is None:
         return None
     where = "sweep.checkpoint_uri"
+    _refuse_password(uri, where)
     if find_spec("fsspec") is None:
         raise SweepError(f"{where}: fsspec is not installed; pip install fsspec")
     from fsspec import get_filesystem_class
@@ -359,8 +371,30 @@ def _data(options: Mapping[str, object], cwd: Path, store: Path) -> dict[str, Da
     for name, where in options.items():
         if not isinstance(where, str) or not where:
             raise SweepError(f"sweep.data.{name}: must be a path or a URI, got {where!r}")
+        _refuse_password(where, f"sweep.data.{name}")
         found[str(name)] = data.fingerprint(str(name), where, cwd, store)
     return found
+
+
+def _refuse_password(uri: str, where: str) -> None:
+    """It would be in the ledger; fsspec takes it from elsewhere."""
+    if has_password(uri):
+        variable = re.sub(r"\W", "_", uri.partition("://")[0].rpartition("::")[2]).upper()
+        raise SweepError(
+            f"{where}: {redacted(uri)!r} holds a password, which would be kept in records; put it into the environment"
+            f" variables or configuration files of its fsspec backend instead (FSSPEC_{variable}_PASSWORD,"
+            " ~/.config/fsspec)"
+        )
+
+
+def _patterns(patterns: Sequence[str], where: str) -> tuple[str, ...]:
+    for pattern in patterns:
+        path = PurePosixPath(pattern)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise SweepError(f"{where}: {pattern!r} must be a pattern of files below the project")
+        if any("**" in part and part != "**" for part in path.parts):
+            raise SweepError(f"{where}: {pattern!r} must have '**' between slashes only")
+    return tuple(patterns)
 
 
 def executor_of(overrides: Sequence[str]) -> tuple[str, dict[str, object]]:
@@ -388,7 +422,7 @@ def executor_of(overrides: Sequence[str]) -> tuple[str, dict[str, object]]:
             )
         except OmegaConfBaseException as error:
             raise SweepError(f"{each.input_line}: {str(error).splitlines()[0]}") from error
-    return name, _plain(options)
+    return name, _plain(options, "sweep.executor")
 
 
 def _code(cwd: Path, determinism: Determinism) -> str:
@@ -400,8 +434,10 @@ def _code(cwd: Path, determinism: Determinism) -> str:
 
 
 def _determinism(options: DeterminismConf) -> Determinism:
-    if options.strict not in {True, False, "warn"}:
-        raise SweepError(f"sweep.determinism.strict: must be true, false or warn, got '{options.strict}'")
+    if not isinstance(options.strict, bool) and options.strict != "warn":
+        raise SweepError(
+            f"sweep.determinism.strict: must be true, false or warn, got {_shown(options.strict)}"
+        )
     seed = _not_negative(options.seed, "sweep.determinism.seed")
     return Determinism(seed=seed, strict=options.strict)
 
@@ -448,12 +484,13 @@ def _texts(value: object, where: str, what: str) -> list[str]:
     return [str(item) for item in items]
 
 
-def _pruner(node: object, choice: object, where: str) -> Chosen | None:
+def _pruner(options: SweepConf, key: str, choice: object) -> Chosen | None:
     if choice in (None, "none"):
         return None
     if choice not in (known := searchers.pruner_options()):
-        raise SweepError(f"{where}: {choice!r} is not a pruner ({', '.join(sorted(known))})")
-    return Chosen(name=str(choice), options=_plain(node))
+        raise SweepError(f"sweep/{key}: {choice!r} is not a pruner ({', '.join(sorted(known))})")
+    plain = _plain(getattr(options, key), f"sweep.{key}", not_secret=options.not_secret)
+    return Chosen(name=str(choice), options=plain)
 
 
 def _search(
@@ -464,7 +501,7 @@ def _search(
     overrides: Sequence[str],
 ) -> SearchSpec | None:
     """How points are searched for; None for a grid."""
-    between = _pruner(options.repeats_pruner, repeats_pruner, "sweep/repeats_pruner")
+    between = _pruner(options, "repeats_pruner", repeats_pruner)
     budget = _budget(options)
     if not issubclass(searchers.load(sampler.name).searcher, searchers.Search):
         _refuse_for_grids(options, budget, between, sampler.name)
@@ -488,7 +525,10 @@ def _search(
             hydra_params=dict(params),
         ),
         budget=budget,
-        enqueue=tuple(_plain(point) for point in options.enqueue),
+        enqueue=tuple(
+            _plain(point, f"sweep.enqueue[{i}]", not_secret=options.not_secret)
+            for i, point in enumerate(options.enqueue)
+        ),
         start_from=tuple(options.start_from),
         repeats_pruner=between,
         constraints=tuple(
@@ -570,27 +610,91 @@ def _limits(options: SweepConf) -> Limits:
     )
 
 
-def _plain(node: object) -> dict[str, object]:
+def _plain(node: object, where: str, *, not_secret: Collection[str] = ()) -> dict[str, object]:
+    """A node's resolved values, but interpolations of secrets as they were written.
+
+    Raises:
+        SweepError: a secret itself stands there.
+    """
     container = (
         OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else {}
     )
     plain: dict[str, object] = json.loads(json.dumps(container))
-    if not isinstance(node, DictConfig):
-        return plain
-    given = OmegaConf.to_container(node, resolve=False)
-    return {str(key): _unresolved(value, given, key) for key, value in plain.items()}  # type: ignore[arg-type]
+    if isinstance(node, DictConfig):
+        plain = {
+            key: _unresolved(value, child, f"{where}.{key}", key)
+            for (key, value), child in zip(plain.items(), held(node).values(), strict=True)
+        }
+    for key, problem in revealed(plain, where, not_secret):
+        raise SweepError(f"{key}: {problem}")
+    return plain
 
 
-def _unresolved(value: object, beside: Mapping[str, object], key: str) -> object:
-    """A value, but a secret's interpolation as it was written: it is resolved where it is used."""
-    given = beside.get(key)
-    if isinstance(value, dict) and isinstance(given, dict):
-        return {name: _unresolved(each, given, name) for name, each in value.items()}
-    if isinstance(given, str) and is_secret(str(key)):
-        if "${" not in given:
-            raise SweepError(f"{key}: {secret_message(str(key))}")
-        return given
-    return value
+def _unresolved(value: object, node: Node, where: str, option: str) -> object:
+    """A value, but what comes from the environment as it was written, where it is resolved when it is used."""
+    given = held(node)
+    text = _followed(given, node) if isinstance(given, str) and "${" in given else ""
+    if "oc.env" in text and option == _SHELL:
+        return _for_shell(text, node, where)
+    if is_secret(where) and isinstance(given, str) and text:
+        return text if "oc.env" in text else given
+    if "oc.env" in text and option in _KEPT:
+        return _resolvable(text, where)
+    if not isinstance(value, dict | list):
+        return value
+    content = held(node._dereference_node() if text else node)
+    if isinstance(value, list):
+        return [_unresolved(each, child, where, option) for each, child in zip(value, content, strict=True)]
+    return {
+        name: _unresolved(each, child, f"{where}.{name}", option)
+        for (name, each), child in zip(value.items(), content.values(), strict=True)
+    }
+
+
+def _followed(text: str, node: Node) -> str:
+    """An interpolation in which references are replaced by what is written where they lead to."""
+    beside = node._get_parent_container()
+
+    def written(found: re.Match[str]) -> str:
+        assert beside is not None
+        root, key = beside._resolve_key_and_root(found[1])
+        parent, last, _ = root._select_impl(key, throw_on_missing=True, throw_on_resolution_failure=True)
+        target = parent._get_node(last) if parent is not None else None
+        if not isinstance(target, Node) or isinstance(raw := held(target), dict | list):
+            return found[0]
+        return _followed(raw, target) if isinstance(raw, str) else str(raw)
+
+    return _REFERENCE.sub(written, text)
+
+
+def _resolvable(text: str, where: str) -> str:
+    """See that a text can be resolved elsewhere."""
+    try:
+        OmegaConf.to_container(OmegaConf.create({"text": text}), resolve=True)
+        alone = _RESOLVERS.issuperset(_RESOLVER.findall(text))
+    except OmegaConfBaseException:
+        alone = False
+    if not alone:
+        raise SweepError(
+            f"{where}: '{text}' is resolved where it is used, which has the environment and nothing of the config"
+        )
+    return text
+
+
+def _for_shell(text: str, node: Node, where: str) -> str:
+    """A line for a shell, which has the variables of the environment itself."""
+    line = _ENV.sub(_shell_variable, text)
+    if "oc.env" in line or "'" in line:
+        raise SweepError(
+            f"{where}: write ${{oc.env:NAME}} by itself and not between single quotes: the shell resolves it"
+        )
+    found = StringNode(line, parent=node._get_parent())._dereference_node()
+    return str(found._value())
+
+
+def _shell_variable(found: re.Match[str]) -> str:
+    default = "" if found[2] is None else f"-{found[2].strip()}"
+    return f"\\${{{found[1]}{default}}}"
 
 
 def check_overrides(overrides: Sequence[str], not_secret: Sequence[str]) -> None:
@@ -600,15 +704,8 @@ def check_overrides(overrides: Sequence[str], not_secret: Sequence[str]) -> None
         SweepError: one does.
     """
     for each in OverridesParser.create().parse_overrides(list(overrides)):
-        key, value = each.key_or_group, each.value()
-        if (
-            isinstance(value, str)
-            and value
-            and "${" not in value
-            and is_secret(key)
-            and key not in not_secret
-        ):
-            raise SweepError(f"{key}: {secret_message(key)}")
+        for key, problem in revealed(each.value(), each.key_or_group, not_secret):
+            raise SweepError(f"{key}: {problem}")
 
 
 def _direction(text: str | None, metric: str | None) -> Direction:

@@ -94,11 +94,15 @@ class SourceRules(Record):
 
 
 class Source(Record):
-    """The frozen source: the snapshot's id, the folder that holds it, and the folders that it was taken from."""
+    """The frozen source: the snapshot's id, the folder that holds it, and the folders that it was taken from.
+
+    ``submission`` stands for it and for all else that trials are built from (see ``provenance.bundle``).
+    """
 
     snapshot: str
     folder: str
     roots: tuple[str, ...]
+    submission: str = ""
 
 
 class Data(Record):

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
 
     from repro_sweep import originals
-    from repro_sweep.card import Facts, card
+    from repro_sweep.card import Facts, card, kinds
     from repro_sweep.errors import SweepError
     from repro_sweep.ranking import rank
     from repro_sweep.results import find_sweep, read_trials, reading_uri, tags_of_trials
@@ -37,15 +37,10 @@ def main(arguments: Sequence[str]) -> int:
     sweep = find_sweep(args.name, uri)
     trials = read_trials(sweep)
     tags = tags_of_trials(sweep)
-    # one trial of each source and machine will do: a record is an artifact, and there may be thousands
-    kinds = {
-        (each.get("snapshot"), each.get("cpu"), each.get("gpu"), each.get("python")): number
-        for number, each in tags.items()
-        if each.get("snapshot")
-    }
-    chosen = [(sweep, trial) for trial in trials if trial.number in kinds.values()]
+    recorded = [(sweep, trial) for trial in trials if tags.get(trial.number, {}).get("snapshot")]
+    found = kinds(originals.load(recorded))
     ranking = rank(args.name, metric=args.metric, uri=uri)
-    text = card(Facts(ranking=ranking, trials=trials, tags=tags, originals=list(originals.load(chosen))))
+    text = card(Facts(ranking=ranking, trials=trials, tags=tags, originals=found))
     if args.output is None:
         print(text, end="")
         return 0

@@ -11,6 +11,7 @@ import time
 from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,14 +149,16 @@ def _repeat(
         return
     command = shlex.join(["repro-sweep", *sys.argv[1:]])
     try:
-        made = reproducing.rebuild(group, directory, executor, uri=uri, command=command)
+        made = reproducing.rebuild(group, directory, executor, uri=uri, command=command, anyway=args.anyway)
     except SweepError as error:
         reproducing.discard(directory)
         for each in group:
-            yield Result(original=each, verdict=Verdict.UNVERIFIABLE, reasons=(str(error),))
+            yield Result(original=each, verdict=Verdict.UNVERIFIABLE, reasons=(f"{each.name}: {error}",))
         return
-    for note in made.notes:
-        say(note)
+    if made.lacking:
+        more = f" and {len(made.lacking) - 5} more" if len(made.lacking) > 5 else ""
+        remedy = "" if args.anyway else "; --anyway takes what still lies where it lay"
+        say(f"not frozen, so not there: {', '.join(made.lacking[:5])}{more}{remedy}")
     read, lie = reproducing.check_data(made)
     trouble = read if args.anyway else [*read, *lie]
     if trouble:
@@ -163,17 +166,15 @@ def _repeat(
         for each in group:
             yield Result(original=each, verdict=Verdict.UNVERIFIABLE, reasons=tuple(trouble))
         return
-    yield from _run(made, args, [*other, *lie])
+    yield from _run(replace(made, known=tuple(lie)), args)
 
 
-def _run(made: Repetition, args: Namespace, other: Sequence[str]) -> Iterator[Result]:
-    from dataclasses import replace
-
+def _run(made: Repetition, args: Namespace) -> Iterator[Result]:
     from repro_sweep import reproducing
     from repro_sweep.cli import session
     from repro_sweep.executors import base as executors
     from repro_sweep.ledger import Ledger
-    from repro_sweep.results import runs_of
+    from repro_sweep.results import read_trials, sweep_of
 
     spec = made.spec
     directory = Path(spec.directory)
@@ -198,12 +199,14 @@ def _run(made: Repetition, args: Namespace, other: Sequence[str]) -> Iterator[Re
 
     if session.run(ledger, spec.name, record, summary=False) == INTERRUPTED:
         raise KeyboardInterrupt
-    runs = runs_of(spec.sweep_id, spec.tracking.uri)
+    sweep = sweep_of(spec.sweep_id, spec.tracking.uri)
+    again = {} if sweep is None else {trial.number: trial for trial in read_trials(sweep)}
     ledger = Ledger.open(directory, readonly=True)
     try:
         for number, original in made.originals.items():
-            result = reproducing.judge(original, ledger, rtol=args.rtol, allowed=other)
-            yield replace(result, run_id=runs.get(number))
+            yield reproducing.judge(
+                original, made, ledger, again.get(number), rtol=args.rtol, anyway=args.anyway
+            )
     finally:
         ledger.close()
 

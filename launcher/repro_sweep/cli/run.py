@@ -19,7 +19,7 @@ from repro_sweep.cli.sweep import command_line, named_by_sweep
 from repro_sweep.errors import ReproSweepError, SweepError
 from repro_sweep.executors import base as executors
 from repro_sweep.ledger import FILE_NAME, Ledger
-from repro_sweep.provenance import snapshot
+from repro_sweep.provenance import bundle, snapshot
 from repro_sweep.submission import Submission, prepare
 from repro_sweep.sweep import SweepSpec
 
@@ -60,6 +60,7 @@ def run(submission: Submission) -> int:
     exists = (directory / FILE_NAME).exists()
     if exists:
         spec = _with_the_source_that_it_has(spec)
+    spec = bundle.identified(spec)
     submission = replace(submission, spec=spec)
     for name, why in frozen.left_out.items():
         if "max_mb" in why:

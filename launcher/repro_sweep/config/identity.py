@@ -41,7 +41,7 @@ from omegaconf.grammar_parser import parse
 
 from repro_sweep.config.nodes import has_interpolation
 from repro_sweep.config.yamltext import to_yaml
-from repro_sweep.redaction import is_secret, secret_message
+from repro_sweep.redaction import is_excepted, is_secret, reveals, secret_message
 
 _MISSING = "???"
 _MISSING_MESSAGE = "mandatory value is missing ('???')"
@@ -91,8 +91,8 @@ def check(cfg: DictConfig, *, hydra: DictConfig | None = None, not_secret: Colle
 
     ``hydra`` is the hydra node it was composed with (``Composer.hydra``): with it, choices are
     resolved. What is only known when the job runs (its number, its directory) is no problem. Safe in any
-    thread; threads take turns where there are interpolations. A text at a key that looks like a secret's is a
-    problem, but for the keys in ``not_secret``.
+    thread; threads take turns where there are interpolations. A text or a number at or below a key that looks like a
+    secret's is a problem, and so is a URL with a password, but for the keys in ``not_secret``.
     """
     examination = _Examination(hydra, not_secret)
     container = examination.run(cfg)
@@ -189,7 +189,8 @@ class _Examination:
         key = str(node._get_full_key(None))
         self.problems.setdefault((key, message), Problem(key=key, message=message))
 
-    def _walk(self, node: Node) -> Any:
+    def _walk(self, node: Node, *, secret: bool = False) -> Any:
+        """The node's part of the container; ``secret``: its key looks like a secret's, or one above it."""
         state = node.__dict__
         value = state["_val"] if "_val" in state else state["_content"]
         kind = type(value)
@@ -199,27 +200,34 @@ class _Examination:
                 return None
             if "${" in value:
                 return self._resolve(node, value)
-            if value and is_secret(str(state["_metadata"].key)):
-                self._refuse_secret(node)
+            self._refuse_secret(node, value, secret=secret)
             return value
-        if value is None or kind is int or kind is bool:
+        if value is None or kind is bool:
+            return value
+        if kind is int:
+            self._refuse_secret(node, value, secret=secret)
             return value
         if kind is dict and type(node) is DictConfig:
+            below = secret and state["_metadata"].key != "token"  # it has a ``dim``
             return {
-                key if type(key) is str and key[:1] != "$" else _plain_key(key): self._walk(child)
+                key if type(key) is str and key[:1] != "$" else _plain_key(key): self._walk(
+                    child, secret=below or is_secret(str(key))
+                )
                 for key, child in value.items()
             }
         if kind is list and type(node) is ListConfig:
-            return [self._walk(child) for child in value]
+            return [self._walk(child, secret=secret) for child in value]
         if isinstance(node, UnionNode) and isinstance(value, Node):
-            return self._walk(value)
+            return self._walk(value, secret=secret)
+        self._refuse_secret(node, value, secret=secret)
         return plain(value)
 
-    def _refuse_secret(self, node: Node) -> None:
+    def _refuse_secret(self, node: Node, value: object, *, secret: bool) -> None:
         """A value that would be kept in the ledger, in MLflow and in the frozen source."""
-        key = str(node._get_full_key(None))
-        if key not in self._not_secret:
-            self._add(node, secret_message(key))
+        if reveals(value, secret=secret):
+            key = str(node._get_full_key(None))
+            if not is_excepted(key, self._not_secret):
+                self._add(node, secret_message(key, url=not secret))
 
     def _resolve(self, node: Node, text: str) -> Any:
         if id(node) in self._open:
@@ -227,6 +235,7 @@ class _Examination:
             return None
         self._outside = []
         self._stand_ins = []
+        self._refuse_secret(node, text, secret=False)
         try:
             target = _dereferenced(node, text)
         except InterpolationToMissingValueError as error:
@@ -246,6 +255,7 @@ class _Examination:
             self._open.discard(id(node))
             return value
         found = plain(state["_val"])
+        self._refuse_secret(node, found, secret=False)
         # An object that shows its address is another one in each process.
         return kept if " at 0x" in repr(found) else found
 

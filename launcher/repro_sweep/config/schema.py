@@ -50,6 +50,7 @@ class RetriesConf:
 
     EXCEPTION: int | None = 0
     INVALID_METRIC: int | None = 0
+    DRIFT: int | None = 0
     OUT_OF_MEMORY: int | None = 1
     GPU_OUT_OF_MEMORY: int | None = 1
     CRASH: int | None = 1

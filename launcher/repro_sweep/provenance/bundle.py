@@ -14,7 +14,7 @@ from pathlib import Path
 from repro_sweep import redaction
 from repro_sweep.errors import SweepError
 from repro_sweep.exchange import ARCHIVE_NAME, BUNDLE, BUNDLE_ID
-from repro_sweep.provenance import data, environment, source
+from repro_sweep.provenance import archive, data, environment
 from repro_sweep.provenance.snapshot import STORE_NAME
 from repro_sweep.sweep import SweepSpec
 
@@ -22,6 +22,17 @@ SWEEP_NAME = "sweep.json"
 DATA_NAME = "data.json"
 ENVIRONMENT_NAME = "environment.json"
 LOCK_NAME = "requirements.txt"
+
+
+def identified(spec: SweepSpec) -> SweepSpec:
+    """A sweep with the id of its submission: equal ones have the same source, composition, task and data."""
+    assert spec.source is not None
+    what = [
+        spec.source.snapshot, spec.source.roots, spec.composition.model_dump(mode="json"),
+        spec.task.model_dump(mode="json"), {name: each.model_dump() for name, each in spec.data.items()},
+    ]  # fmt: skip
+    ident = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    return spec.model_copy(update={"source": spec.source.model_copy(update={"submission": ident})})
 
 
 def write(spec: SweepSpec) -> str | None:
@@ -47,7 +58,7 @@ def write(spec: SweepSpec) -> str | None:
             (folder / name).write_text(text, encoding="utf-8")
         assert spec.source is not None
         ident = hashlib.sha256("\0".join([spec.source.snapshot, *texts.values()]).encode()).hexdigest()
-        (folder / BUNDLE_ID).write_text(f"{spec.source.snapshot} {ident}", encoding="utf-8")
+        (folder / BUNDLE_ID).write_text(f"{spec.source.submission} {ident}", encoding="utf-8")
     except OSError as error:
         raise SweepError(f"{folder} cannot be written: {error}") from error
     return trouble
@@ -57,10 +68,10 @@ def _put_source(spec: SweepSpec, folder: Path) -> str | None:
     """Link the archive of the source here, which the store has once for all sweeps that have the same source."""
     target = folder / ARCHIVE_NAME
     target.unlink(missing_ok=True)
-    archive, trouble = source.pack(spec)
+    packed, trouble = archive.pack(spec)
     if trouble is None:
         try:
-            os.link(archive, target)
+            os.link(packed, target)
         except OSError:  # a file system without hard links
-            shutil.copyfile(archive, target)
+            shutil.copyfile(packed, target)
     return trouble

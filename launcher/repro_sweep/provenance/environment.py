@@ -18,13 +18,16 @@ from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict
 
+from repro_sweep.redaction import is_secret_variable, redacted
+
 _ALLOWED = (
     "PYTHON*", "OMP_*", "MKL_*", "OPENBLAS_*", "NUMEXPR_*", "BLIS_*", "VECLIB_*", "KMP_*", "GOMP_*",
-    "CUDA_*", "CUBLAS_*", "CUDNN_*", "NVIDIA_*", "NCCL_*", "TORCH_*", "PYTORCH_*", "JAX_*", "XLA_*", "TF_*",
+    "CUDA_*", "CUBLAS_*", "CUDNN_*", "NVIDIA_*", "NCCL_*", "TORCH_*", "PYTORCH_*", "JAX_*", "XLA_*",
+    "TF_DETERMINISTIC_OPS", "TF_CUDNN_DETERMINISTIC", "TF_ENABLE_ONEDNN_OPTS", "TF_XLA_FLAGS",
+    "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "TF_FORCE_GPU_ALLOW_GROWTH", "TF_GPU_ALLOCATOR",
     "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK",
     "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_DEFAULT_ENV", "CONDA_PREFIX", "TZ", "LANG", "LC_*",
 )  # fmt: skip
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|AUTH", re.IGNORECASE)
 _HEADER = re.compile(r"^(Name|Version): *(\S+)", re.MULTILINE)
 _NAME = re.compile(r"[-_.]+")
 
@@ -116,11 +119,11 @@ def packages() -> dict[str, Package]:
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are known to change results and hold no secrets."""
+    """The variables that are known to change results and hold no secrets, without passwords of URLs."""
     return {
-        name: value
+        name: redacted(value)
         for name, value in sorted(environ.items())
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _ALLOWED) and not _SECRET.search(name)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _ALLOWED) and not is_secret_variable(name)
     }
 
 

@@ -42,8 +42,8 @@ class Facts(BaseModel):
 class TrialRecord(BaseModel):
     """What ran, from what, on and with what. Times are seconds UTC.
 
-    ``snapshot`` is the id of the frozen source, ``commit`` and ``dirty`` what git said of it; ``gpus_seen`` are the
-    devices of the trial as ``CUDA_VISIBLE_DEVICES`` named them.
+    ``snapshot`` is the id of the frozen source, ``submission`` that of all that was submitted with it, ``commit`` and
+    ``dirty`` what git said of it; ``gpus_seen`` are the devices of the trial as ``CUDA_VISIBLE_DEVICES`` named them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +57,7 @@ class TrialRecord(BaseModel):
     identity: str
     overrides: tuple[str, ...]
     snapshot: str | None
+    submission: str
     commit: str | None
     dirty: bool | None
     data: Mapping[str, Data] = {}

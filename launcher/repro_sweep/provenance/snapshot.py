@@ -18,9 +18,10 @@ import os
 import shutil
 import stat
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
 from repro_sweep.errors import SweepError
@@ -30,6 +31,8 @@ from repro_sweep.sweep import Source, SourceRules, SweepSpec
 MANIFEST_NAME = "manifest.json"
 _OBJECTS = "objects"
 _HASHES = "hashes.json"
+_KEYS = (".env", ".env.local", ".netrc", "*.pem", "id_rsa", "id_ecdsa", "id_ed25519")
+"""Files that hold secrets, by their names."""
 _RACY_NS = 2_000_000_000
 """A file that was changed so shortly before may be changed again without another time of change."""
 _CHUNK = 1 << 20
@@ -43,13 +46,14 @@ class Snapshot:
     """A snapshot in its folder. ``id`` depends on the files alone, wherever they lie.
 
     ``roots`` are where they were taken from: the files of ``roots[i]`` are below ``folder/i``. ``left_out`` are the
-    files and folders that are not frozen, with the reason.
+    files and folders that are not frozen, with the reason. ``files`` are the SHA-256 of the others, by their paths.
     """
 
     id: str
     folder: Path
     roots: tuple[Path, ...]
     left_out: Mapping[str, str]
+    files: Mapping[str, str]
 
     @classmethod
     def read(cls, folder: Path) -> Snapshot:
@@ -65,6 +69,7 @@ class Snapshot:
                 folder=folder,
                 roots=tuple(map(Path, about["roots"])),
                 left_out=about["left_out"],
+                files=about["files"],
             )
         except (OSError, ValueError, KeyError) as error:
             raise SweepError(f"the sweep's source is not in {folder}: {error}") from error
@@ -87,26 +92,33 @@ def ident_of(folder: Path) -> str:
     return _ident(dict(sorted(files.items())))
 
 
+def frozen_s(digest: str) -> int:
+    """The time of change (seconds since 1970) that a frozen file with a hash has: with another, it was written to.
+
+    It follows from the hash, as Python takes files of one size and time for the same.
+    """
+    return 315_532_800 + int(digest[:6], 16)
+
+
+def partial_name(name: str) -> str:
+    """The name of a file while it is written; nobody else takes the same."""
+    return f".{name}.{uuid.uuid4().hex}.partial"
+
+
 def _ident(files: Mapping[str, _File]) -> str:
     return _digest(
         "\0\0".join(f"{name}\0{file.digest}\0{int(file.runnable)}" for name, file in files.items())
     )
 
 
-_CODE = frozenset({".py", ".yaml", ".yml", ".toml", ".json", ".cfg", ".ini"})
-
-
-def has_same_code(one: Path, other: Path) -> bool:
-    """Whether the snapshots in two folders have the same code and configuration, whatever else lies beside it."""
+def has_same_code(old: Path, new: Path) -> bool:
+    """Whether the snapshot in a folder has what an older one has, and beside it no code or configuration."""
     try:
-        found = [
-            json.loads((each / MANIFEST_NAME).read_text(encoding="utf-8"))["files"] for each in (one, other)
-        ]
-    except (OSError, ValueError, KeyError):  # one of them is gone
+        was, now = (Snapshot.read(each).files for each in (old, new))
+    except SweepError:  # one of them is gone
         return False
-    return (
-        len({json.dumps({name: each[name] for name in each if Path(name).suffix in _CODE}) for each in found})
-        == 1
+    return was.items() <= now.items() and not any(
+        Path(name).suffix in source.CODE for name in now.keys() - was.keys()
     )
 
 
@@ -158,6 +170,7 @@ class _Taking:
         self._objects = f"{store}/{_OBJECTS}"
         self._rules = rules
         self._without = without
+        self._partial = f"{self._objects}/{partial_name('object')}"
         self._began_ns = time.time_ns()
         self._known = _read_hashes(store / _HASHES)
         self._seen: dict[str, Seen] = {}
@@ -168,17 +181,20 @@ class _Taking:
     def take(self, roots: Sequence[Path]) -> Snapshot:
         files = dict(sorted(each for number, root in enumerate(roots) for each in self._below(root, number)))
         ident = _ident(files)
-        about = {
+        about: dict[str, Any] = {
             "id": ident,
             "roots": [str(root) for root in roots],
             "left_out": self._left_out,
             "files": {name: file.digest for name, file in files.items()},
         }
         folder = self._store / _digest(json.dumps([ident, about["roots"], self._live]))[:16]
-        if not (folder / MANIFEST_NAME).exists():
+        exists = (folder / MANIFEST_NAME).exists()
+        if not exists or not all(_is_frozen(f"{folder}/{name}", file.digest) for name, file in files.items()):
             self._write(folder, files, about)
         self._remember()
-        return Snapshot(id=ident, folder=folder, roots=tuple(roots), left_out=self._left_out)
+        return Snapshot(
+            id=ident, folder=folder, roots=tuple(roots), left_out=self._left_out, files=about["files"]
+        )
 
     def _below(self, root: Path, number: int) -> Iterator[tuple[str, _File]]:
         found = source.listed(root)
@@ -189,12 +205,11 @@ class _Taking:
             )
         outside = [str(path.relative_to(root)) for path in self._without if root in path.parents]
         apart = tuple(f"{name}/" for name in outside)
-        included = {
-            path.relative_to(root).as_posix()
-            for pattern in self._rules.include
-            for path in root.glob(pattern)
-        }
-        for name in sorted({*found.files, *included}):
+        chosen = {path for pattern in self._rules.include for path in root.glob(pattern)}
+        included = {path.relative_to(root).as_posix() for each in chosen for path in _files_of(each)}
+        links = [name for name in found.files if os.path.isdir(f"{root}/{name}")]
+        linked = {path for name in links for path in self._behind(root, name, number)}
+        for name in sorted({*found.files, *included, *linked}):
             if name.startswith(apart) or name in outside:
                 continue
             path = f"{root}/{name}"
@@ -206,6 +221,8 @@ class _Taking:
                 continue
             if any(fnmatch.fnmatch(name, pattern) for pattern in self._rules.exclude):
                 self._leave_out(f"{number}/{name}", path, "sweep.source.exclude")
+            elif name not in included and any(map(PurePosixPath(name).match, _KEYS)):
+                self._leave_out(f"{number}/{name}", path, "it holds secrets, by its name")
             elif about.st_size > self._rules.max_mb * 1e6 and name not in included:
                 self._leave_out(
                     f"{number}/{name}", path, f"{about.st_size / 1e6:.0f} MB (sweep.source.max_mb)"
@@ -216,6 +233,16 @@ class _Taking:
         for name in found.ignored:
             if name not in included and name not in outside and not name.startswith(apart):
                 self._leave_out(f"{number}/{name}", f"{root}/{name}", "git ignores it")
+
+    def _behind(self, root: Path, link: str, number: int) -> Iterator[str]:
+        """The files of a folder that is a link to elsewhere, or out of the project."""
+        target = (root / link).resolve()
+        files = None
+        if not source.is_output(target) and not root.resolve().is_relative_to(target):
+            files = source.files_below(target)
+        if files is None:
+            self._leave_out(f"{number}/{link}", f"{root}/{link}", f"a link to {target}")
+        yield from (f"{link}/{name}" for name in files or ())
 
     def _leave_out(self, name: str, path: str, why: str) -> None:
         self._left_out[name] = why
@@ -233,20 +260,20 @@ class _Taking:
     def _keep(self, path: str) -> str:
         """Copy a file into the store, under the hash of what was copied."""
         self._make(self._objects)
-        partial = f"{self._objects}/.{os.getpid()}.partial"
         total = hashlib.sha256()
-        with open(path, "rb", buffering=0) as read, open(partial, "wb", buffering=0) as write:
+        with open(path, "rb", buffering=0) as read, open(self._partial, "wb", buffering=0) as write:
             while data := read.read(_CHUNK):
                 total.update(data)
                 write.write(data)
             os.fchmod(write.fileno(), 0o444)
-        digest = total.hexdigest()
+            digest = total.hexdigest()
+            os.utime(write.fileno(), (frozen_s(digest),) * 2)
         target = self._object(digest)
-        if os.path.exists(target):
-            os.unlink(partial)
+        if _is_frozen(target, digest):
+            os.unlink(self._partial)
         else:
             self._make(os.path.dirname(target))
-            os.replace(partial, target)
+            os.replace(self._partial, target)
         return digest
 
     def _make(self, folder: str) -> None:
@@ -258,15 +285,15 @@ class _Taking:
         return f"{self._objects}/{digest[:2]}/{digest}"
 
     def _write(self, folder: Path, files: Mapping[str, _File], about: Mapping[str, Any]) -> None:
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        """Make the folder of a snapshot, also in the place of one whose files somebody has written to."""
+        partial = folder.with_name(partial_name(folder.name))
         for name, file in files.items():
             target = f"{partial}/{name}"
             self._make(os.path.dirname(target))
             kept = self._object(file.digest)
-            if not os.path.exists(kept) and self._keep(file.path) != file.digest:
+            if not _is_frozen(kept, file.digest) and self._keep(file.path) != file.digest:
                 raise SweepError(f"sweep.source: {file.path} was changed meanwhile; start the sweep again")
-            _link(kept, target, runnable=file.runnable)
+            _link(kept, target, file)
         for number in range(len(about["roots"])):
             self._make(f"{partial}/{number}")
         for name, path in self._live.items():
@@ -274,28 +301,49 @@ class _Taking:
             with contextlib.suppress(FileExistsError):  # an ignored folder of which some files are included
                 os.symlink(path, f"{partial}/{name}")
         (partial / MANIFEST_NAME).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        old = folder.with_name(partial_name(folder.name))
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
         try:
             partial.rename(folder)
         except OSError:
             if not (folder / MANIFEST_NAME).exists():  # no other sweep has just made it
                 raise
             shutil.rmtree(partial)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _remember(self) -> None:
         if self._seen == self._known:
             return
-        partial = self._store / f".{_HASHES}.{os.getpid()}.partial"
+        partial = self._store / partial_name(_HASHES)
         partial.write_text(json.dumps(self._seen), encoding="utf-8")
         partial.replace(self._store / _HASHES)
 
 
-def _link(kept: str, target: str, *, runnable: bool) -> None:
-    if not runnable:
+def _link(kept: str, target: str, file: _File) -> None:
+    if not file.runnable:
         with contextlib.suppress(OSError):  # a file system without hard links
             os.link(kept, target)
             return
     shutil.copyfile(kept, target)
-    os.chmod(target, 0o555 if runnable else 0o444)
+    os.utime(target, (frozen_s(file.digest),) * 2)
+    os.chmod(target, 0o555 if file.runnable else 0o444)
+
+
+def _is_frozen(path: str, digest: str) -> bool:
+    """Whether a file of the store is there, and nobody has written to it."""
+    try:
+        return os.stat(path).st_mtime == frozen_s(digest)
+    except FileNotFoundError:
+        return False
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    """A file itself, or the files below a folder."""
+    if not path.is_dir():
+        yield path
+    for parent, _, names in os.walk(path):
+        yield from (Path(parent, name) for name in names)
 
 
 def _read_hashes(path: Path) -> dict[str, Seen]:

@@ -1,4 +1,4 @@
-"""The source tree that a sweep is submitted from: its state, and how it travels to machines that do not see it."""
+"""The source tree that a sweep is submitted from: its files and state, and trials that run from a frozen copy."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ import hashlib
 import os
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from repro_sweep.sweep import SweepSpec
+from repro_sweep.errors import SweepError
+from repro_sweep.sweep import Data, SweepSpec
 
 _SCHEME = "file://"
 _OURSELVES = Path(__file__).resolve().parents[2]
 """Where this package lies, which is on the path of one that is installed to be edited."""
-_LARGEST_MB = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GitState:
-    """The commit that is checked out, and whether tracked files differ from it."""
+    """The commit that is checked out, and whether tracked files differ from it or code lies there that it lacks."""
 
     commit: str
     dirty: bool
@@ -36,7 +34,11 @@ def git_state(directory: Path) -> GitState | None:
     if commit is None:
         return None
     changes = _git(directory, "status", "--porcelain", "--untracked-files=no")
-    return GitState(commit=commit.strip(), dirty=bool(changes))
+    return GitState(commit=commit.strip(), dirty=bool(changes) or _has_untracked_code(directory))
+
+
+def _has_untracked_code(directory: Path) -> bool:
+    return any(Path(name).suffix in CODE for name in _untracked(directory) or ())
 
 
 def code_fingerprint(directory: Path) -> str:
@@ -79,7 +81,7 @@ def listed(directory: Path) -> Listing | None:
         return None
     found = _git(directory, "ls-files", "-z", *_OTHERS, "--ignored", "--directory") or ""
     ignored = (name.rstrip("/") for name in found.split("\0") if name)
-    return Listing(names, sorted(name for name in ignored if not _is_output(directory / name)))
+    return Listing(names, sorted(name for name in ignored if not is_output(directory / name)))
 
 
 _PATIENCE_S = 5.0
@@ -87,80 +89,67 @@ _OTHERS = ("--others", "--exclude-standard")
 _OUTPUT = frozenset({"multirun", "outputs", "mlruns", "mlartifacts", "__pycache__", "node_modules"})
 _MADE = frozenset({".egg-info", ".pyc"})
 _SUBMODULE = "160000 "
+CODE = frozenset({".py", ".yaml", ".yml", ".toml", ".json", ".cfg", ".ini"})
+"""The endings of files that are code or configuration."""
 
 
 def _names(directory: Path) -> list[str] | None:
     tracked = _git(directory, "ls-files", "-z", "--cached", "--stage")
-    others = _git(directory, "ls-files", "-z", *_OTHERS)
+    others = _untracked(directory)
     if tracked is None or others is None:
-        return _found(directory)
+        return files_below(directory)
     names: list[str] = []
     nested: list[str] = []
     for entry in filter(None, tracked.split("\0")):
         about, _, name = entry.partition("\t")
         (nested if about.startswith(_SUBMODULE) else names).append(name)
-    made = functools.cache(lambda folder: _is_output(directory / folder))
-    for name in filter(None, others.split("\0")):
-        parts = name.split("/")
-        if not any(made("/".join(parts[:depth])) for depth in range(1, len(parts))):
-            (nested if name.endswith("/") else names).append(name)
+    for name in others:
+        (nested if name.endswith("/") else names).append(name)
     for name in nested:
-        names += (f"{name.rstrip('/')}/{each}" for each in _names(directory / name) or ())
+        if (
+            directory / name / ".git"
+        ).exists():  # else git takes the folder for a part of the repository around it
+            names += (f"{name.rstrip('/')}/{each}" for each in _names(directory / name) or ())
     return sorted(set(names))
 
 
-def _found(directory: Path) -> list[str] | None:
+def files_below(directory: Path) -> list[str] | None:
+    """The files below a folder, and links to folders, without hidden folders and output; None for too many folders."""
     files: list[str] = []
     deadline = time.monotonic() + _PATIENCE_S
     for parent, folders, names in os.walk(directory):
         if time.monotonic() > deadline:
             return None
         folders[:] = [
-            name for name in folders if not name.startswith(".") and not _is_output(Path(parent, name))
+            name for name in folders if not name.startswith(".") and not is_output(Path(parent, name))
         ]
+        found = (*names, *(name for name in folders if Path(parent, name).is_symlink()))
         below = Path(parent).relative_to(directory).as_posix()
-        files += names if below == "." else (f"{below}/{name}" for name in names)
+        files += found if below == "." else (f"{below}/{name}" for name in found)
     return sorted(files)
 
 
-def _is_output(path: Path) -> bool:
+def _untracked(directory: Path) -> list[str] | None:
+    """What git neither has nor ignores, without output; repositories in it end with a slash."""
+    found = _git(directory, "ls-files", "-z", *_OTHERS)
+    if found is None:
+        return None
+    made = functools.cache(lambda folder: is_output(directory / folder))
+    return [
+        name
+        for name, parts in ((name, name.split("/")) for name in found.split("\0") if name)
+        if not any(made("/".join(parts[:depth])) for depth in range(1, len(parts)))
+    ]
+
+
+def is_output(path: Path) -> bool:
     """Whether it is made from other files: by sweeps, by Python, or as a virtual environment."""
     if path.name in _OUTPUT or path.suffix in _MADE:
         return True
     return (path / "pyvenv.cfg").exists() or (path / "ledger.db").exists()
 
 
-# --- to other machines -----------------------------------------------------------------------------------------
-
-
-def pack(spec: SweepSpec) -> tuple[Path, str | None]:
-    """Write a sweep's frozen source to an archive beside it, unless it is there; and why it cannot be packed."""
-    assert spec.source is not None
-    folder = Path(spec.source.folder)
-    archive = folder.with_name(f"{folder.name}.tar.gz")
-    if archive.exists():
-        return archive, None
-    # what is linked is not frozen, and not there on other machines
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_linked(path, folder)]
-    if sum(file.stat().st_size for file in files) > _LARGEST_MB * 1e6:
-        return archive, f"the files of the project take more than {_LARGEST_MB} MB"
-    partial = archive.with_name(f".{archive.name}.{os.getpid()}.partial")
-    with tarfile.open(partial, "w:gz", compresslevel=1, dereference=True) as tar:
-        for file in files:
-            tar.add(file, str(file.relative_to(folder)), recursive=False)
-    partial.replace(archive)
-    return archive, None
-
-
-def _is_linked(path: Path, folder: Path) -> bool:
-    return any(each.is_symlink() for each in (path, *path.parents) if folder in each.parents)
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack such an archive, on another machine."""
-    options: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, **options)  # noqa: S202  (from the sweep's own coordinator)
+# --- where trials run ------------------------------------------------------------------------------------------
 
 
 def frozen(spec: SweepSpec) -> SweepSpec:
@@ -173,12 +162,30 @@ def frozen(spec: SweepSpec) -> SweepSpec:
 
 def relocated(spec: SweepSpec, folder: Path, directory: Path) -> SweepSpec:
     """The same on another machine, with the source in ``folder`` and ``directory`` in the place of the sweep's."""
-    return _led_to(spec, folder).model_copy(update={"directory": str(directory)})
+    assert spec.source is not None
+    data = data_in(spec.data, spec.source.roots, folder)
+    return _led_to(spec, folder).model_copy(update={"directory": str(directory), "data": data})
+
+
+def data_in(found: Mapping[str, Data], roots: Sequence[str], folder: Path) -> dict[str, Data]:
+    """Data, of which those that belong to the source of some roots are read from its frozen copy in a folder."""
+    moved = _places(roots, folder)
+    uris = {name: _moved(each.uri, moved) for name, each in found.items()}
+    return {
+        name: each.model_copy(update={"uri": uris[name]}) if Path(uris[name]).exists() else each
+        for name, each in found.items()
+    }
+
+
+def _places(roots: Sequence[str], folder: Path) -> dict[str, str]:
+    return {root: str(folder / str(number)) for number, root in enumerate(roots)}
 
 
 def _led_to(spec: SweepSpec, folder: Path) -> SweepSpec:
     assert spec.source is not None
-    moved = {root: str(folder / str(number)) for number, root in enumerate(spec.source.roots)}
+    if not folder.is_dir():
+        raise SweepError(f"the frozen source of sweep '{spec.name}' is gone: there is no {folder}")
+    moved = _places(spec.source.roots, folder)
     for path in moved.values():
         Path(path).mkdir(exist_ok=True)  # one without files
     task, composition = spec.task, spec.composition
@@ -225,8 +232,8 @@ def _moved(path: str, moved: Mapping[str, str]) -> str:
 def _git(directory: Path, *command: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(directory), *command], capture_output=True, text=True, timeout=30, check=True
+            ["git", "-C", str(directory), *command], capture_output=True, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout
+    return os.fsdecode(done.stdout)

@@ -250,9 +250,9 @@ def provenance_tags(record: str) -> dict[str, str]:
         return {}
 
 
-def bundle_path(snapshot: str, name: str) -> str:
-    """Where a file of what was submitted is in the sweep's run; one place for each state of the source."""
-    return f"{FOLDER}/submissions/{snapshot[:16]}/{name}"
+def bundle_path(submission: str, name: str) -> str:
+    """Where a file of what was submitted is in the sweep's run; each submission that differs has a place of its own."""
+    return f"{FOLDER}/submissions/{submission}/{name}"
 
 
 def status(trial: Trial) -> str:

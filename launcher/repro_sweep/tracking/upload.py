@@ -323,10 +323,12 @@ class SweepUpload(Upload):
         if not ident or ident == self.bundle:
             return
         assert self.sent.artifact_uri is not None
-        snapshot = ident.partition(" ")[0]
+        submission = ident.partition(" ")[0]
         for file in sorted(folder.iterdir()):
             if file.name != BUNDLE_ID:
-                self._store.put_file(self.sent.artifact_uri, encoding.bundle_path(snapshot, file.name), file)
+                self._store.put_file(
+                    self.sent.artifact_uri, encoding.bundle_path(submission, file.name), file
+                )
         self.bundle = ident
 
     def conclude(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from repro_sweep import host, protocol, spool
 from repro_sweep.errors import ProtocolError, SweepError
-from repro_sweep.provenance.data import Guard
+from repro_sweep.provenance.data import Guard, UnreadableError
 from repro_sweep.provenance.snapshot import STORE_NAME
 from repro_sweep.states import FailureKind
 from repro_sweep.sweep import SweepSpec
@@ -48,6 +48,10 @@ _GRACE_S = 60.0
 _LEAST_GRACE_S = 2.0
 
 log = logging.getLogger(__name__)
+
+
+class _ChangedError(Exception):
+    """Data are not what was submitted."""
 
 
 class Agent:
@@ -351,15 +355,17 @@ class Agent:
         try:
             changed = self._data.look()
             if changed is not None:
-                raise SweepError(changed)
+                raise _ChangedError(changed)
             with self._site.visit(assignment, self._link, self._spec):
                 started_at = time.time()
                 result = run.run()
                 ended_at = time.time()
                 span = started_at, ended_at
                 recorder.write(run.directory, self._spec, assignment, run.facts, run.gpus, span)
-        except CheckpointError as error:
+        except (CheckpointError, UnreadableError) as error:
             result = failure(FailureKind.NODE_LOST, str(error))
+        except _ChangedError as error:
+            result = failure(FailureKind.DRIFT, str(error))
         except SweepError as error:
             result = failure(FailureKind.EXCEPTION, str(error))
         except Exception as error:

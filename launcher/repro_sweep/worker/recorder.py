@@ -80,7 +80,8 @@ def write(
         TrialRecord(
             sweep=spec.name, sweep_id=spec.sweep_id, task=spec.task.name, trial=assignment.trial,
             attempt=assignment.attempt, identity=assignment.identity, overrides=assignment.overrides,
-            snapshot=None if spec.source is None else spec.source.snapshot, commit=spec.origin.git_commit,
+            snapshot=None if spec.source is None else spec.source.snapshot,
+            submission="" if spec.source is None else spec.source.submission, commit=spec.origin.git_commit,
             dirty=spec.origin.git_dirty, data=spec.data, determinism=spec.determinism, resources=spec.resources,
             facts=found, environment=_inspected().model_copy(update={"variables": found.variables}), gpus_seen=gpus,
             host=host.name(), user=spec.origin.user, command=spec.origin.command, started_at=span[0],

@@ -30,6 +30,7 @@ from repro_sweep import task as tasks
 from repro_sweep.config.compose import Composer
 from repro_sweep.config.yamltext import hydra_yaml, to_yaml
 from repro_sweep.errors import TrackingError, TrialInterrupted, TrialPruned, UserError
+from repro_sweep.redaction import redacted
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking import inside
@@ -279,6 +280,8 @@ def _kind(error: BaseException) -> FailureKind:
 
 
 def _own_kind(error: BaseException) -> FailureKind:
+    if isinstance(error, DriftError):
+        return FailureKind.DRIFT
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM:
         return FailureKind.OUT_OF_MEMORY
@@ -301,11 +304,11 @@ def _text(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    """Type and first line of an exception."""
+    """Type and first line of an exception, without passwords of URLs."""
     text = (
         _text(error).encode("utf-8", "backslashreplace").decode()
     )  # names of files may hold what no JSON can
-    first = text.splitlines()[0] if text else ""
+    first = redacted(text.splitlines()[0]) if text else ""
     if isinstance(error, DriftError | UserError):
         return first[:_MESSAGE_LIMIT]
     return f"{type(error).__name__}: {first}".removesuffix(": ")[:_MESSAGE_LIMIT]

@@ -20,7 +20,7 @@ from repro_sweep import protocol, spool
 from repro_sweep.errors import ProtocolError, SweepError
 from repro_sweep.exchange import LOG_NAME, PIECE_BYTES
 from repro_sweep.lease import ADDRESS_NAME
-from repro_sweep.provenance import source
+from repro_sweep.provenance import archive, source
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking.uri import sqlite_path
 from repro_sweep.worker.checkpoints import CHECKPOINTS, Checkpoints, signature
@@ -57,14 +57,14 @@ class Scratch(Site):
         with self._lock:
             if spec not in self._settled:
                 folder = self.directory / f"source-{hashlib.sha256(spec.encode()).hexdigest()[:16]}"
-                archive = folder.with_suffix(".tar.gz")
+                packed = folder.with_suffix(".tar.gz")
                 try:
-                    _fetch(link, archive)
-                    source.unpack(archive, folder)
+                    _fetch(link, packed)
+                    archive.unpack(packed, folder)
                 except OSError as error:
-                    raise SweepError(f"the source cannot be unpacked in {folder}: {error}") from error
+                    raise SweepError(f"the source cannot be stored in {folder}: {error}") from error
                 finally:
-                    archive.unlink(missing_ok=True)
+                    packed.unlink(missing_ok=True)
                 here = source.relocated(SweepSpec.model_validate_json(spec), folder, self.directory)
                 self._settled[spec] = here.model_dump_json()
             return self._settled[spec]

@@ -1,12 +1,12 @@
-"""Runs the trial in this folder again, without repro-sweep: see README.md."""
+"""Runs the trial in this folder again; ``stand_in`` takes the place of repro-sweep. See README.md."""
 
 import importlib
 import importlib.util
 import json
-import math
 import os
 import random
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -18,24 +18,68 @@ def main() -> int:
     missing = {key: value for key, value in TRIAL["variables"].items() if os.environ.get(key) != value}
     if missing:  # some of them must be there when Python starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | missing)  # noqa: S606
-    sys.path[:0] = [str(HERE / path) for path in TRIAL["sys_path"]]
-    if importlib.util.find_spec("repro_sweep") is None:
-        sys.path.append(str(HERE / "stand_in"))
+    # the stand-in goes before a repro-sweep that is installed, which would know nothing of the trial
+    sys.path[:0] = [str(HERE / path) for path in ("stand_in", *TRIAL["sys_path"])]
     os.chdir(HERE / TRIAL["cwd"])
+    seed(TRIAL["seed_at_import"])
     task = load()
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(HERE / "config.yaml")
-    seed()
-    returned = task(config)
-    found = returned if isinstance(returned, dict) else {"objective": returned}
-    same = True
-    for name, was in TRIAL["metrics"].items():
-        now = found.get(name)
-        equal = now is not None and (float(now) == was or (math.isnan(float(now)) and math.isnan(was)))
-        same = same and (equal or now is None)
-        print(f"{name}: {was!r} before, {now!r} now{'' if equal or now is None else '  <- differs'}")
+    seed(TRIAL["seed"])
+    return compare({name: float(was) for name, was in TRIAL["metrics"].items()}, final_metrics(task, config))
+
+
+def compare(before, now) -> int:
+    """Print the metrics side by side; the exit status is 0 if all are the same bits."""
+    if not before:
+        print("no metrics were recorded that can be compared")
+    same = bool(before)
+    for name in [*before, *(name for name in now if name not in before)]:
+        was, here = (repr(each[name]) if name in each else "nothing" for each in (before, now))
+        same = same and was == here
+        mark = "" if was == here else "  <- missing" if name not in now else "  <- differs"
+        print(f"{name}: {was} before, {here} now{mark}")
+    for name, was in TRIAL["logged"].items():
+        print(f"{name}: {was} before; the task has logged it with MLflow: not compared")
     return 0 if same else 1
+
+
+def final_metrics(task, config):
+    """Call the task: what it returns goes before what it has reported last, as in a sweep."""
+    from omegaconf import ListConfig
+
+    import repro_sweep
+
+    pruned = TRIAL["until"] is not None
+    try:
+        returned = task(config)
+    except Exception as error:
+        if not (pruned and is_pruning(error)):
+            raise
+    if pruned:  # it did not come to return anything
+        return dict(repro_sweep._last)
+    wanted = TRIAL["objectives"]
+    if returned is None:
+        returned = {}
+    elif isinstance(returned, (list, tuple, ListConfig)) and len(returned) == len(wanted):
+        returned = dict(zip(wanted, returned, strict=True))
+    elif not isinstance(returned, Mapping):
+        returned = {wanted[0]: returned}
+    found = dict(repro_sweep._last)
+    for name, value in returned.items():
+        try:
+            found[repro_sweep._name(name)] = repro_sweep._number(value, f"returned metric '{name}'")
+        except TypeError as error:
+            print(f"{error}: it is not recorded")
+    return found
+
+
+def is_pruning(error) -> bool:
+    """Whether the task gave its trial up, by our exception or Optuna's; Hydra may have wrapped it."""
+    while error is not None and type(error).__name__ != "TrialPruned":
+        error = error.__cause__
+    return error is not None
 
 
 def load():
@@ -52,19 +96,19 @@ def load():
     return getattr(found, "__wrapped__", found)
 
 
-def seed() -> None:
+def seed(value) -> None:
     """Seed what the trial's process had seeded."""
-    if TRIAL["seed"] is None:
+    if value is None:
         return
-    random.seed(TRIAL["seed"])
+    random.seed(value)
     if importlib.util.find_spec("numpy") is not None:
         import numpy as np
 
-        np.random.seed(TRIAL["seed"] % 2**32)
+        np.random.seed(value % 2**32)
     if importlib.util.find_spec("torch") is not None:
         import torch
 
-        torch.manual_seed(TRIAL["seed"])
+        torch.manual_seed(value)
         torch.set_num_threads(TRIAL["threads"])
         if TRIAL["strict"]:
             torch.use_deterministic_algorithms(True, warn_only=TRIAL["strict"] == "warn")
