@@ -157,10 +157,13 @@ def test_the_verdict_is_a_tag_and_the_runs_are_linked(study: Study) -> None:
     assert "1 EXACT" in ranking
 
 
-def test_all_trials_of_a_sweep_and_the_python_interface(study: Study) -> None:
+def test_all_trials_of_a_sweep_and_the_python_interface(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All three are run in one sweep; one of them also by its method."""
     said = study.reproduce("study", "--all", "sweep.executor.slots=2")
     assert [each["verdict"] for each in said] == [Verdict.EXACT] * 3
+    monkeypatch.chdir(tmp_path)
     trial = repro_sweep.trials("study", uri=study.uri)[0]
     assert trial.reproduced is Verdict.EXACT
     found = trial.reproduce()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from repro_sweep.provenance.record import TrialRecord
 from repro_sweep.results import histories, tags_of
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.tracking.encoding import safe_key
+from repro_sweep.tracking.encoding import json_number, safe_key
 
 _FILES = {"run.py": "run.py", "repro_sweep.py": "stand_in/repro_sweep.py"}
 _SOURCE = "source"
@@ -132,7 +130,11 @@ def _write(original: Original, folder: Path) -> list[str]:
         "config.yaml": original.config,
         "overrides.yaml": yaml.safe_dump(list(record.overrides), allow_unicode=True),
         "record.json": record.model_dump_json(indent=1),
-        "requirements.txt": record.environment.lock(),
+        "requirements.txt": "".join(
+            line  # the stand-in takes its place
+            for line in record.environment.lock().splitlines(keepends=True)
+            if not line.startswith("repro-sweep==")
+        ),
         "data.json": json.dumps({name: each.model_dump() for name, each in record.data.items()}, indent=1),
     }
     lacking = [f"{name.partition('/')[2]} ({why})" for name, why in found.left_out.items()]
@@ -159,15 +161,10 @@ def _metrics(original: Original) -> dict[str, object]:
         steps = histories(trial)
         until = {name: max(steps[safe_key(name)]) for name in own if steps.get(safe_key(name))}
     return {
-        "metrics": _finite({name: value for name, value in trial.metrics.items() if name in own}),
-        "logged": _finite({name: value for name, value in trial.metrics.items() if name not in own}),
+        "metrics": {name: json_number(value) for name, value in trial.metrics.items() if name in own},
+        "logged": {name: json_number(value) for name, value in trial.metrics.items() if name not in own},
         "until": until,
     }
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | str]:
-    """JSON has no NaN and no infinities, so these are text."""
-    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
 def _readme(original: Original, record: TrialRecord, spec: SweepSpec, lacking: list[str]) -> str:

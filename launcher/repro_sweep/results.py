@@ -141,9 +141,12 @@ class Trial:
             lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
             raise TrackingError(f"trial {self.number} cannot be run again: {lines[-1]}") from None
         first = said["first_difference"]
+        was, now = (
+            None if first is None or first[key] is None else float(first[key]) for key in ("was", "now")
+        )
         return Reproduction(
             verdict=Verdict(said["verdict"]), run_id=said["run_id"], values=said["values"],
-            first_difference=None if first is None else (first["metric"], first["step"], first["was"], first["now"]),
+            first_difference=None if first is None else (first["metric"], first["step"], was, now),
             reasons=tuple(said["reasons"]), differences=tuple(said["differences"]),
         )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from repro_sweep.cli.arguments import Parser, at_least
 from repro_sweep.states import TrialState
+from repro_sweep.tracking.encoding import json_number
 
 if TYPE_CHECKING:
     from repro_sweep.ranking import Ranking
@@ -78,10 +78,10 @@ def _point(row: Row, ranking: Ranking) -> dict[str, object]:
     names = [each.metric for each in ranking.objectives]
     return {
         **_record(row),
-        "means": dict(zip(names, map(_number, row.means), strict=True)),
-        "stds": dict(zip(names, map(_number, row.stds), strict=True)),
+        "means": dict(zip(names, map(json_number, row.means), strict=True)),
+        "stds": dict(zip(names, map(json_number, row.stds), strict=True)),
         "infeasible": list(row.infeasible),
-        "last_values": [_number(value) for value in row.last],
+        "last_values": [json_number(value) for value in row.last],
         "params": dict(row.params),
         "trials": list(row.trials),
         "reproduced": {str(verdict): count for verdict, count in row.verdicts.items()},
@@ -104,19 +104,21 @@ def _print_csv(ranking: Ranking) -> None:
             " ".join(map(str, row.trials)),
         ]
         if several:
-            cells += [_number(each) for pair in zip(row.means, row.stds, strict=True) for each in pair]
+            cells += [json_number(each) for pair in zip(row.means, row.stds, strict=True) for each in pair]
         cells += [", ".join(row.infeasible)] if ranking.constraints else []
         writer.writerow([*cells, *(_cell(row.params, name) for name in ranking.params)])
 
 
 def _record(row: Row) -> dict[str, object]:
-    """The figures of a row; JSON has no NaN and no infinities, so these are text."""
+    """The figures of a row."""
     states = {state.lower(): count for state, count in row.states.items()}
-    return {"rank": row.rank, "mean": _number(row.mean), "std": _number(row.std), "n": row.n, **states}
-
-
-def _number(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)
+    return {
+        "rank": row.rank,
+        "mean": json_number(row.mean),
+        "std": json_number(row.std),
+        "n": row.n,
+        **states,
+    }
 
 
 def _cell(params: Mapping[str, object], name: str) -> object:

@@ -284,6 +284,8 @@ def _text(result: Result) -> str:
 
 
 def _document(result: Result) -> dict[str, Any]:
+    from repro_sweep.tracking.encoding import json_number
+
     found = result.comparison
     first = None if found is None or found.first is None else found.first
     return {
@@ -293,7 +295,12 @@ def _document(result: Result) -> dict[str, Any]:
         "verdict": result.verdict,
         "values": 0 if found is None else found.values,
         "first_difference": first
-        and {"metric": first.metric, "step": first.step, "was": first.was, "now": first.now},
+        and {
+            "metric": first.metric,
+            "step": first.step,
+            "was": json_number(first.was),
+            "now": json_number(first.now),
+        },
         "reasons": list(result.reasons),
         "differences": list(result.differences),
     }
@@ -304,11 +311,13 @@ def _read(original: Original, document: Mapping[str, Any]) -> Result:
     from repro_sweep.comparison import Comparison, Difference
     from repro_sweep.reproducing import Result
 
-    verdict, first = Verdict(document["verdict"]), document["first_difference"]
+    verdict, said = Verdict(document["verdict"]), document["first_difference"]
+    first = None
+    if said is not None:
+        was, now = (None if said[key] is None else float(said[key]) for key in ("was", "now"))
+        first = Difference(metric=said["metric"], step=said["step"], was=was, now=now)
     return Result(
         original=original, verdict=verdict, reasons=tuple(document["reasons"]),
         differences=tuple(document["differences"]), run_id=document["run_id"],
-        comparison=Comparison(
-            verdict=verdict, values=document["values"], first=None if first is None else Difference(**first)
-        ),
+        comparison=Comparison(verdict=verdict, values=document["values"], first=first),
     )  # fmt: skip

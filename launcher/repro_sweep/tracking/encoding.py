@@ -73,6 +73,11 @@ def restored(value: float) -> float:
     return math.copysign(math.inf, value) if abs(value) >= LARGEST else value
 
 
+def json_number(value: float | None) -> float | str | None:
+    """A number for JSON, which has no NaN and no infinities: these are text."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
 # --- text ----------------------------------------------------------------------------------------------------
 
 
