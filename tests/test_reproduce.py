@@ -340,6 +340,24 @@ def test_what_git_ignores_is_not_there_and_not_written_to(
     assert said["reasons"] == ["it ends as FAIL now: ValueError: a second time"]
 
 
+def test_data_that_git_ignores_are_there_if_the_sweep_names_them(
+    make_bare_project: MakeProject, tmp_path: Path, empty_store: Path
+) -> None:
+    """Within an ignored folder; what else lies in that is not."""
+    files = ODD | {"cache/table.txt": "1", "tasks.py": """
+        from pathlib import Path
+
+
+        def train(cfg):
+            folder = Path(__file__).parent / "cache"
+            return float((folder / "table.txt").read_text()) + len(list(folder.iterdir()))
+        """}  # fmt: skip
+    data = "+sweep.data.table=cache/table.txt"
+    study = a_study(tmp_path, empty_store, make_bare_project(files), "x=1", data, sweep=ODD_SWEEP)
+    [said] = study.reproduce("study/0", status=4)
+    assert (said["first_difference"]["was"], said["first_difference"]["now"]) == (3.0, 2.0)
+
+
 def test_a_trial_that_fails_for_want_of_what_was_not_frozen_is_not_said_to_differ(
     make_bare_project: MakeProject, tmp_path: Path, empty_store: Path
 ) -> None:

@@ -130,13 +130,7 @@ def rebuild(
     except OSError as error:
         raise SweepError(f"{folder} cannot be made: {error}") from error
     found = archive.unpack_verified(first.archive, folder, record.snapshot)
-    lay = {
-        name: Path(old.source.roots[int(name.partition("/")[0])], name.partition("/")[2])
-        for name in found.left_out
-    }
-    lain = [Path(each.uri) for each in old.data.values()]
-    wanted = {name: path for name, path in lay.items() if anyway or any(map(path.is_relative_to, lain))}
-    lacking = _link_what_was_left_out(found, wanted)
+    lacking = _link_what_was_left_out(found, old, everything=anyway)
     moved = source.relocated(old, folder, directory)
     data_then = {
         name: each.model_copy(update={"uri": old.data[name].uri}) for name, each in record.data.items()
@@ -166,17 +160,27 @@ def rebuild(
     )  # fmt: skip
 
 
-def _link_what_was_left_out(found: snapshot.Snapshot, where: Mapping[str, Path]) -> list[str]:
-    """Take files that were not frozen from where they lie; returns what could not be had so."""
-    lacking = []
-    for name in found.left_out:
-        lay, target = where.get(name), found.folder / name
-        if lay is None or not lay.exists():
-            lacking.append(name.partition("/")[2])
-        elif not target.exists():
+def _link_what_was_left_out(found: snapshot.Snapshot, old: SweepSpec, *, everything: bool) -> list[str]:
+    """Take data of the sweep, or ``everything`` that was not frozen, from where it lies; returns what is not there."""
+    assert old.source is not None
+    lay: dict[str, Path] = {}
+    for number, root in enumerate(map(Path, old.source.roots)):
+        lay |= {
+            f"{number}/{path.relative_to(root)}": path
+            for path in (Path(each.uri) for each in old.data.values())
+            if path != root and path.is_relative_to(root)
+        }
+    if everything:
+        parts = (name.partition("/") for name in found.left_out)
+        lay |= {
+            "/".join((number, path)): Path(old.source.roots[int(number)], path) for number, _, path in parts
+        }
+    for name, path in lay.items():
+        target = found.folder / name
+        if path.exists() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(lay)
-    return lacking
+            target.symlink_to(path)
+    return [name.partition("/")[2] for name in found.left_out if not (found.folder / name).exists()]
 
 
 def _matching(variables: Mapping[str, str], patterns: Sequence[str]) -> dict[str, str]:
