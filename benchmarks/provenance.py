@@ -32,6 +32,7 @@ def freeze(folder: Path, *, quick: bool) -> Table:
     def take() -> object:
         return snapshot.take([root], folder / "store", SourceRules())
 
+    copied = _timed(lambda: subprocess.run(["cp", "-r", root, folder / "copy"], check=True))
     first, same = _timed(take), _timed(take)
     (root / "package0" / "module0.py").write_text("changed\n")
     changed = _timed(take)
@@ -44,6 +45,7 @@ def freeze(folder: Path, *, quick: bool) -> Table:
             Row(system=OURS, value=first, note="the first snapshot: every file is read, and stored"),
             Row(system=f"{OURS}, nothing changed", value=same),
             Row(system=f"{OURS}, one file changed", value=changed),
+            Row(system="cp -r", value=copied, note="what the disk needs to hold them once more"),
             Row(
                 system="git stash create",
                 value=added,

@@ -15,13 +15,14 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from repro_sweep.errors import SweepError
@@ -31,7 +32,7 @@ from repro_sweep.sweep import Source, SourceRules, SweepSpec
 MANIFEST_NAME = "manifest.json"
 _OBJECTS = "objects"
 _HASHES = "hashes.json"
-_KEYS = (".env", ".env.local", ".netrc", "*.pem", "id_rsa", "id_ecdsa", "id_ed25519")
+_KEYS = re.compile(r"(?:.*/)?(?:\.env(?:\.local)?|\.netrc|[^/]*\.pem|id_(?:rsa|ecdsa|ed25519))")
 """Files that hold secrets, by their names."""
 _RACY_NS = 2_000_000_000
 """A file that was changed so shortly before may be changed again without another time of change."""
@@ -207,32 +208,43 @@ class _Taking:
         apart = tuple(f"{name}/" for name in outside)
         chosen = {path for pattern in self._rules.include for path in root.glob(pattern)}
         included = {path.relative_to(root).as_posix() for each in chosen for path in _files_of(each)}
-        links = [name for name in found.files if os.path.isdir(f"{root}/{name}")]
-        linked = {path for name in links for path in self._behind(root, name, number)}
-        for name in sorted({*found.files, *included, *linked}):
-            if name.startswith(apart) or name in outside:
-                continue
+        links: list[str] = []
+        own = [
+            name
+            for name in sorted({*found.files, *included})
+            if name not in outside and not name.startswith(apart)
+        ]
+        yield from self._files(root, number, own, included, links)
+        for link in links:
+            yield from self._files(root, number, self._behind(root, link, number), included, [])
+        for name in found.ignored:
+            if name not in included and name not in outside and not name.startswith(apart):
+                self._leave_out(f"{number}/{name}", f"{root}/{name}", "git ignores it")
+
+    def _files(
+        self, root: Path, number: int, names: Iterable[str], included: Collection[str], links: list[str]
+    ) -> Iterator[tuple[str, _File]]:
+        """The files that are frozen among those with some names; folders are added to ``links``."""
+        for name in names:
             path = f"{root}/{name}"
             try:
                 about = os.stat(path)
             except FileNotFoundError:  # it was deleted, or is a link to nowhere
                 continue
-            if not stat.S_ISREG(about.st_mode):
+            if stat.S_ISDIR(about.st_mode):
+                links.append(name)
+            elif not stat.S_ISREG(about.st_mode):
                 continue
-            if any(fnmatch.fnmatch(name, pattern) for pattern in self._rules.exclude):
+            elif any(fnmatch.fnmatch(name, pattern) for pattern in self._rules.exclude):
                 self._leave_out(f"{number}/{name}", path, "sweep.source.exclude")
-            elif name not in included and any(map(PurePosixPath(name).match, _KEYS)):
+            elif name not in included and _KEYS.fullmatch(name):
                 self._leave_out(f"{number}/{name}", path, "it holds secrets, by its name")
             elif about.st_size > self._rules.max_mb * 1e6 and name not in included:
-                self._leave_out(
-                    f"{number}/{name}", path, f"{about.st_size / 1e6:.0f} MB (sweep.source.max_mb)"
-                )
+                why = f"{about.st_size / 1e6:.0f} MB (sweep.source.max_mb)"
+                self._leave_out(f"{number}/{name}", path, why)
             else:
                 runnable = bool(about.st_mode & stat.S_IXUSR)
                 yield f"{number}/{name}", _File(path, self._hash(path, about), runnable)
-        for name in found.ignored:
-            if name not in included and name not in outside and not name.startswith(apart):
-                self._leave_out(f"{number}/{name}", f"{root}/{name}", "git ignores it")
 
     def _behind(self, root: Path, link: str, number: int) -> Iterator[str]:
         """The files of a folder that is a link to elsewhere, or out of the project."""
