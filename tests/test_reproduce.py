@@ -535,7 +535,8 @@ def test_that_nothing_can_be_verified_here_takes_no_verdict_back(mutable: Study)
         (("study/1", "x=3"), "x=3: only sweep/executor and sweep.executor.OPTION can be set here"),
         (("study/1", "sweep/executor=cloud"), "sweep/executor: 'cloud' is not an executor"),
         (("study/1", "sweep.executor.slots=many"), "sweep.executor.slots=many: "),
-        (("study/1", "--rtol", "2"), "argument --rtol: must be at least 0 and less than 1, got 2"),
+        (("study/1", "--rtol", "2"), "argument --rtol: must be a number from 0 to less than 1, got 2"),
+        (("study/1", "--rtol", "x"), "argument --rtol: must be a number from 0 to less than 1, got x"),
         (("study/1", "--directory", "empty"), "--directory: empty is not empty"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -97,10 +98,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _tolerance(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise ArgumentTypeError(f"must be at least 0 and less than 1, got {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if 0 <= value < 1:
+            return value
+    raise ArgumentTypeError(f"must be a number from 0 to less than 1, got {text}")
 
 
 def _results(

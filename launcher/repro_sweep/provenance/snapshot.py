@@ -96,9 +96,10 @@ def ident_of(folder: Path) -> str:
 def frozen_s(digest: str) -> int:
     """The time of change (seconds since 1970) that a frozen file with a hash has: with another, it was written to.
 
-    It follows from the hash, as Python takes files of one size and time for the same.
+    It follows from the hash, as Python takes files of one size and time for the same. Zip files have no time before
+    1980, in any time zone.
     """
-    return 315_532_800 + int(digest[:6], 16)
+    return 631_152_000 + int(digest[:6], 16)
 
 
 def partial_name(name: str) -> str:
