@@ -15,7 +15,7 @@ from repro_sweep import exchange
 from repro_sweep.errors import SweepError
 from repro_sweep.provenance import archive, bundle, snapshot, source
 from repro_sweep.provenance.snapshot import Snapshot
-from repro_sweep.sweep import Composition, SourceRules, SweepSpec, TaskSpec, Tracking
+from repro_sweep.sweep import Composition, Data, SourceRules, SweepSpec, TaskSpec, Tracking
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -379,7 +379,39 @@ def test_what_trials_write_beside_the_code_makes_no_other_code(tmp_path: Path) -
     assert snapshot.has_same_code(first.folder, second.folder)
     assert not snapshot.has_same_code(first.folder, third.folder)
     assert not snapshot.has_same_code(first.folder, tmp_path / "gone")
-    write(project, {"conf/config.yaml": "x: 1", "prompt.txt": "new"})
-    fourth = freeze(project)
-    write(project, {"prompt.txt": "other"})
-    assert not snapshot.has_same_code(fourth.folder, freeze(project).folder)
+    write(project, {"conf/config.yaml": "x: 1", "results.txt": "2", "kernel.cu": "a"})
+    assert not snapshot.has_same_code(second.folder, freeze(project).folder)
+
+
+def test_what_git_tracks_is_code_whatever_its_name(tmp_path: Path) -> None:
+    """What it does not is output, unless its name says that it is code."""
+    project = repository(write(tmp_path / "project", {"tasks.py": "a", "prompt.txt": "b", "log": ""}))
+    subprocess.run(["git", "-C", project, "add", "prompt.txt"], check=True)
+    first = freeze(project)
+    write(project, {"log": "written meanwhile"})
+    assert snapshot.has_same_code(first.folder, freeze(project).folder)
+    write(project, {"prompt.txt": "c"})
+    assert not snapshot.has_same_code(first.folder, freeze(project).folder)
+
+
+def test_a_submission_is_the_same_at_another_time_and_another_one_with_other_source_or_data(
+    tmp_path: Path,
+) -> None:
+    """Else a sweep that goes on would give its workers up."""
+    spec, _ = snapshot.freeze(spec_of(write(tmp_path / "project", {"tasks.py": "a"})))
+
+    def ident(**changes: object) -> str:
+        source = bundle.identified(spec.model_copy(update=changes)).source
+        assert source is not None
+        return source.submission
+
+    later = spec.composition.model_copy(update={"now": 1.0})
+    assert ident() == ident(composition=later, created_at=1.0, name="other")
+    assert spec.source is not None
+    other = (
+        ident(source=spec.source.model_copy(update={"snapshot": "0" * 64})),
+        ident(data={"train": Data(uri="/data", digest="0")}),
+        ident(task=spec.task.model_copy(update={"qualname": "other"})),
+        ident(composition=spec.composition.model_copy(update={"config_name": "other"})),
+    )
+    assert len({ident(), *other}) == 5

@@ -25,11 +25,15 @@ LOCK_NAME = "requirements.txt"
 
 
 def identified(spec: SweepSpec) -> SweepSpec:
-    """A sweep with the id of its submission: equal ones have the same source, composition, task and data."""
+    """A sweep with the id of its submission: equal ones have the same source, composition, task and data.
+
+    The time of submission is no part of it: a sweep that goes on keeps its workers.
+    """
     assert spec.source is not None
+    composition = spec.composition.model_dump(mode="json", exclude={"now"})
     what = [
-        spec.source.snapshot, spec.source.roots, spec.composition.model_dump(mode="json"),
-        spec.task.model_dump(mode="json"), {name: each.model_dump() for name, each in spec.data.items()},
+        spec.source.snapshot, spec.source.roots, composition, spec.task.model_dump(mode="json"),
+        {name: each.model_dump() for name, each in spec.data.items()},
     ]  # fmt: skip
     ident = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     return spec.model_copy(update={"source": spec.source.model_copy(update={"submission": ident})})

@@ -47,7 +47,8 @@ class Snapshot:
     """A snapshot in its folder. ``id`` depends on the files alone, wherever they lie.
 
     ``roots`` are where they were taken from: the files of ``roots[i]`` are below ``folder/i``. ``left_out`` are the
-    files and folders that are not frozen, with the reason. ``files`` are the SHA-256 of the others, by their paths.
+    files and folders that are not frozen, with the reason. ``files`` are the SHA-256 of the others, by their paths;
+    ``code`` are those of them that are no output of anything.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Snapshot:
     roots: tuple[Path, ...]
     left_out: Mapping[str, str]
     files: Mapping[str, str]
+    code: Mapping[str, str]
 
     @classmethod
     def read(cls, folder: Path) -> Snapshot:
@@ -71,6 +73,7 @@ class Snapshot:
                 roots=tuple(map(Path, about["roots"])),
                 left_out=about["left_out"],
                 files=about["files"],
+                code={name: about["files"][name] for name in about["code"]},
             )
         except (OSError, ValueError, KeyError) as error:
             raise SweepError(f"the sweep's source is not in {folder}: {error}") from error
@@ -113,15 +116,13 @@ def _ident(files: Mapping[str, _File]) -> str:
     )
 
 
-def has_same_code(old: Path, new: Path) -> bool:
-    """Whether the snapshot in a folder has what an older one has, and beside it no code or configuration."""
+def has_same_code(one: Path, other: Path) -> bool:
+    """Whether the snapshots in two folders have the same code, whatever output lies beside it."""
     try:
-        was, now = (Snapshot.read(each).files for each in (old, new))
+        first, second = (Snapshot.read(each).code for each in (one, other))
     except SweepError:  # one of them is gone
         return False
-    return was.items() <= now.items() and not any(
-        Path(name).suffix in source.CODE for name in now.keys() - was.keys()
-    )
+    return first == second
 
 
 STORE_NAME = ".source"
@@ -177,6 +178,7 @@ class _Taking:
         self._known = _read_hashes(store / _HASHES)
         self._seen: dict[str, Seen] = {}
         self._made: set[str] = set()
+        self._code: set[str] = set()
         self._left_out: dict[str, str] = {}
         self._live: dict[str, str] = {}
 
@@ -188,15 +190,14 @@ class _Taking:
             "roots": [str(root) for root in roots],
             "left_out": self._left_out,
             "files": {name: file.digest for name, file in files.items()},
+            "code": sorted(self._code & files.keys()),
         }
         folder = self._store / _digest(json.dumps([ident, about["roots"], self._live]))[:16]
         exists = (folder / MANIFEST_NAME).exists()
         if not exists or not all(_is_frozen(f"{folder}/{name}", file.digest) for name, file in files.items()):
             self._write(folder, files, about)
         self._remember()
-        return Snapshot(
-            id=ident, folder=folder, roots=tuple(roots), left_out=self._left_out, files=about["files"]
-        )
+        return Snapshot.read(folder)
 
     def _below(self, root: Path, number: int) -> Iterator[tuple[str, _File]]:
         found = source.listed(root)
@@ -205,6 +206,7 @@ class _Taking:
                 f"sweep.source: {root} has too many folders to look into; make it a git repository, whose .gitignore"
                 " says what does not belong to it"
             )
+        self._code |= {f"{number}/{name}" for name in found.code}
         outside = [str(path.relative_to(root)) for path in self._without if root in path.parents]
         apart = tuple(f"{name}/" for name in outside)
         chosen = {path for pattern in self._rules.include for path in root.glob(pattern)}

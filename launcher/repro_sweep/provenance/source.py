@@ -67,11 +67,13 @@ def code_fingerprint(directory: Path) -> str:
 class Listing:
     """A project's own files, and what git ignores there (files, and folders with nothing else in them).
 
-    Paths below the project, sorted; files that were deleted may be among them.
+    Paths below the project, sorted; files that were deleted may be among them. ``code`` are those of the files that
+    nobody takes for the output of something: git tracks them, or they are code or configuration by their names.
     """
 
     files: list[str]
     ignored: list[str]
+    code: frozenset[str]
 
 
 def listed(directory: Path) -> Listing | None:
@@ -81,7 +83,9 @@ def listed(directory: Path) -> Listing | None:
         return None
     found = _git(directory, "ls-files", "-z", *_OTHERS, "--ignored", "--directory") or ""
     ignored = (name.rstrip("/") for name in found.split("\0") if name)
-    return Listing(names, sorted(name for name in ignored if not is_output(directory / name)))
+    tracked = (_git(directory, "ls-files", "-z", "--cached") or "").split("\0")
+    code = frozenset({*filter(None, tracked), *(name for name in names if Path(name).suffix in CODE)})
+    return Listing(names, sorted(name for name in ignored if not is_output(directory / name)), code)
 
 
 _PATIENCE_S = 5.0
@@ -89,7 +93,27 @@ _OTHERS = ("--others", "--exclude-standard")
 _OUTPUT = frozenset({"multirun", "outputs", "mlruns", "mlartifacts", "__pycache__", "node_modules"})
 _MADE = frozenset({".egg-info", ".pyc"})
 _SUBMODULE = "160000 "
-CODE = frozenset({".py", ".yaml", ".yml", ".toml", ".json", ".cfg", ".ini"})
+CODE = frozenset(
+    {
+        *(
+            ".py",
+            ".pyi",
+            ".pyx",
+            ".pxd",
+            ".ipynb",
+            ".c",
+            ".cc",
+            ".cpp",
+            ".cu",
+            ".cuh",
+            ".h",
+            ".hpp",
+            ".rs",
+            ".jl",
+        ),
+        *(".sh", ".sql", ".j2", ".jinja", ".yaml", ".yml", ".toml", ".json", ".cfg", ".ini"),
+    }
+)
 """The endings of files that are code or configuration."""
 
 
