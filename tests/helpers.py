@@ -76,6 +76,15 @@ def eventually(condition: Callable[[], object], what: str, timeout_s: float = 12
         time.sleep(_POLL_S)
 
 
+def write(folder: Path, files: Mapping[str, str]) -> Path:
+    """Write files by their path below a folder, which is returned."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
 @dataclass
 class Project:
     """A folder with a ``conf/`` and a task, and what ran in it."""

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import MakeProject, environment
+from helpers import MakeProject, environment, write
 
 from repro_sweep import TrialState
 from repro_sweep.errors import SweepError
@@ -51,15 +51,6 @@ SWEEP = ("+sweep=default", "sweep.task=tasks.train", "+sweep.data.train=data")
 def of(where: str | Path, folder: Path) -> Data:
     """A fingerprint, with the store beside."""
     return data.fingerprint("train", str(where), folder, folder / "store")
-
-
-def write(folder: Path, files: dict[str, str]) -> Path:
-    """Write files below a folder."""
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder
 
 
 def test_a_fingerprint_depends_on_names_and_bytes_alone(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import a_spec
+from helpers import a_spec, write
 from pydantic import ValidationError
 
 from repro_sweep import exchange
@@ -16,15 +16,6 @@ from repro_sweep.protocol import Assignment, Message, Piece
 from repro_sweep.worker.checkpoints import CheckpointError, Checkpoints, signature
 from repro_sweep.worker.link import Link
 from repro_sweep.worker.scratch import Scratch
-
-
-def write(folder: Path, files: dict[str, str]) -> Path:
-    """Write files by their path below a folder."""
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder
 
 
 def below(folder: Path) -> dict[str, str]:

@@ -9,22 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import a_spec
+from helpers import a_spec, write
 
 from repro_sweep import exchange
 from repro_sweep.errors import SweepError
 from repro_sweep.provenance import archive, bundle, snapshot, source
 from repro_sweep.provenance.snapshot import Snapshot
 from repro_sweep.sweep import Composition, Data, SourceRules, SweepSpec, TaskSpec, Tracking
-
-
-def write(folder: Path, files: dict[str, str]) -> Path:
-    """Write files by their path below a folder."""
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder
 
 
 def below(folder: Path) -> dict[str, str]:
@@ -64,10 +55,22 @@ def freeze(project: Path, rules: SourceRules | None = None) -> Snapshot:
     return snapshot.freeze(spec_of(project, rules=rules))[1]
 
 
+GIT = ("git", "-c", "protocol.file.allow=always", "-c", "user.name=n", "-c", "user.email=e")
+
+
 def repository(project: Path) -> Path:
     """Make a project a git repository with ``tasks.py`` in it."""
     for command in (["init", "-q"], ["add", "tasks.py"]):
         subprocess.run(["git", "-C", project, *command], check=True)
+    return project
+
+
+def with_a_submodule(folder: Path) -> Path:
+    """A repository with another one in ``lib``, which holds a ``tasks.py`` too."""
+    library = repository(write(folder / "library", {"tasks.py": "of the library"}))
+    subprocess.run([*GIT, "-C", library, "commit", "-qm", "first"], check=True)
+    project = repository(write(folder / "project", {"tasks.py": "a"}))
+    subprocess.run([*GIT, "-C", project, "submodule", "--quiet", "add", library, "lib"], check=True)
     return project
 
 
@@ -105,11 +108,7 @@ def test_in_a_repository_edits_and_new_files_belong_to_it_and_what_git_ignores_i
 
 
 def test_a_submodules_files_belong_to_it(tmp_path: Path) -> None:
-    library = repository(write(tmp_path / "library", {"tasks.py": "of the library"}))
-    git = ["git", "-c", "protocol.file.allow=always", "-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run([*git, "-C", library, "commit", "-qm", "first"], check=True)
-    project = repository(write(tmp_path / "project", {"tasks.py": "a"}))
-    subprocess.run([*git, "-C", project, "submodule", "--quiet", "add", library, "lib"], check=True)
+    project = with_a_submodule(tmp_path)
     write(project, {"lib/new.py": "b"})
     found = below(freeze(project).folder / "0")
     assert found["lib/tasks.py"] == "of the library"
@@ -117,13 +116,9 @@ def test_a_submodules_files_belong_to_it(tmp_path: Path) -> None:
 
 
 def test_a_submodule_that_was_not_fetched_has_no_files(tmp_path: Path) -> None:
-    library = repository(write(tmp_path / "library", {"tasks.py": "of the library"}))
-    git = ["git", "-c", "protocol.file.allow=always", "-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run([*git, "-C", library, "commit", "-qm", "first"], check=True)
-    project = repository(write(tmp_path / "project", {"tasks.py": "a"}))
-    subprocess.run([*git, "-C", project, "submodule", "--quiet", "add", library, "lib"], check=True)
-    subprocess.run([*git, "-C", project, "commit", "-qm", "first"], check=True)
-    subprocess.run([*git, "clone", "-q", project, tmp_path / "clone"], check=True)
+    project = with_a_submodule(tmp_path)
+    subprocess.run([*GIT, "-C", project, "commit", "-qm", "first"], check=True)
+    subprocess.run([*GIT, "clone", "-q", project, tmp_path / "clone"], check=True)
     assert set(below(freeze(tmp_path / "clone").folder / "0")) == {"tasks.py", ".gitmodules"}
 
 
@@ -169,8 +164,7 @@ def test_files_of_secrets_are_not_frozen_unless_the_user_says_so(tmp_path: Path)
 
 def test_code_that_git_does_not_have_makes_a_tree_dirty(tmp_path: Path) -> None:
     project = repository(write(tmp_path / "project", {"tasks.py": "a"}))
-    git = ["git", "-C", project, "-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    subprocess.run([*GIT, "-C", project, "commit", "-qm", "first"], check=True)
 
     def is_dirty() -> bool:
         state = source.git_state(project)

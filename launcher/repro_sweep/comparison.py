@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from repro_sweep.states import Verdict
 
@@ -22,6 +22,14 @@ class Difference:
     step: int
     was: float | None
     now: float | None
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any] | None) -> Difference | None:
+        """One that ``repro-sweep reproduce --format json`` has written, or none."""
+        if document is None:
+            return None
+        was, now = (None if document[key] is None else float(document[key]) for key in ("was", "now"))
+        return cls(metric=document["metric"], step=document["step"], was=was, now=now)
 
     def __str__(self) -> str:
         where = f"{self.metric} at step {self.step}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from repro_sweep.comparison import compare
 from repro_sweep.errors import SweepError
 from repro_sweep.originals import Original
 from repro_sweep.provenance import archive
+from repro_sweep.provenance.snapshot import digest_of
 from repro_sweep.reproducing import check_environment, differences
 from repro_sweep.results import histories
 from repro_sweep.tracking.encoding import params_of
@@ -133,7 +133,7 @@ def _state(path: Path) -> str | None:
 
 def _changes(paths: Sequence[Path], name: str) -> str:
     """A unified diff, of sizes and hashes where there are no lines to show; empty where both hold the same."""
-    digests = [_digest(path) for path in paths]
+    digests = [digest_of(path) if path.is_file() else None for path in paths]
     if digests[0] == digests[1]:
         return ""
     before, now = (_lines(path) for path in paths)
@@ -143,13 +143,6 @@ def _changes(paths: Sequence[Path], name: str) -> str:
             for path, digest in zip(paths, digests, strict=True)
         )
     return "\n".join(difflib.unified_diff(before, now, name, name, lineterm="", n=1))
-
-
-def _digest(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lines(path: Path) -> list[str] | None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from repro_sweep.comparison import Difference
 from repro_sweep.errors import TrackingError
 from repro_sweep.redaction import redacted
 from repro_sweep.states import Direction, FailureKind, TrialState, Verdict
@@ -140,13 +141,10 @@ class Trial:
         except ValueError:
             lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
             raise TrackingError(f"trial {self.number} cannot be run again: {lines[-1]}") from None
-        first = said["first_difference"]
-        was, now = (
-            None if first is None or first[key] is None else float(first[key]) for key in ("was", "now")
-        )
+        first = Difference.parse(said["first_difference"])
         return Reproduction(
             verdict=Verdict(said["verdict"]), run_id=said["run_id"], values=said["values"],
-            first_difference=None if first is None else (first["metric"], first["step"], was, now),
+            first_difference=None if first is None else (first.metric, first.step, first.was, first.now),
             reasons=tuple(said["reasons"]), differences=tuple(said["differences"]),
         )  # fmt: skip
 

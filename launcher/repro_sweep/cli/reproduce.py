@@ -289,7 +289,7 @@ def _document(result: Result) -> dict[str, Any]:
     from repro_sweep.tracking.encoding import json_number
 
     found = result.comparison
-    first = None if found is None or found.first is None else found.first
+    first = None if found is None else found.first
     return {
         "trial": result.original.name,
         "run_id": result.run_id,
@@ -313,11 +313,7 @@ def _read(original: Original, document: Mapping[str, Any]) -> Result:
     from repro_sweep.comparison import Comparison, Difference
     from repro_sweep.reproducing import Result
 
-    verdict, said = Verdict(document["verdict"]), document["first_difference"]
-    first = None
-    if said is not None:
-        was, now = (None if said[key] is None else float(said[key]) for key in ("was", "now"))
-        first = Difference(metric=said["metric"], step=said["step"], was=was, now=now)
+    verdict, first = Verdict(document["verdict"]), Difference.parse(document["first_difference"])
     return Result(
         original=original, verdict=verdict, reasons=tuple(document["reasons"]),
         differences=tuple(document["differences"]), run_id=document["run_id"],

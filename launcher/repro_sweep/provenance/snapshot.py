@@ -79,6 +79,12 @@ class Snapshot:
             raise SweepError(f"the sweep's source is not in {folder}: {error}") from error
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 of what a file holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def ident_of(folder: Path) -> str:
     """The id of the snapshot whose files lie in a folder, from what they hold; links are not part of it."""
     files = {}
@@ -88,10 +94,8 @@ def ident_of(folder: Path) -> str:
             path = Path(parent, name)
             if path.is_symlink() or path.parent == folder:
                 continue
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
             files[path.relative_to(folder).as_posix()] = _File(
-                str(path), digest, bool(path.stat().st_mode & stat.S_IXUSR)
+                str(path), digest_of(path), bool(path.stat().st_mode & stat.S_IXUSR)
             )
     return _ident(dict(sorted(files.items())))
 

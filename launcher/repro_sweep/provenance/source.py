@@ -48,9 +48,10 @@ def code_fingerprint(directory: Path) -> str:
     not in hidden folders, virtual environments or the output of sweeps. Empty where they cannot be read, or not be
     found within some seconds; then nothing is known to be equal.
     """
-    names = _names(directory)
-    if names is None:
+    found = _names(directory)
+    if found is None:
         return ""
+    names, _ = found
     total = hashlib.sha256()
     for name in names:
         file = directory / name
@@ -78,13 +79,13 @@ class Listing:
 
 def listed(directory: Path) -> Listing | None:
     """The project's own files, of any kind; None where there are too many folders to look into."""
-    names = _names(directory)
-    if names is None:
+    own = _names(directory)
+    if own is None:
         return None
+    names, tracked = own
     found = _git(directory, "ls-files", "-z", *_OTHERS, "--ignored", "--directory") or ""
     ignored = (name.rstrip("/") for name in found.split("\0") if name)
-    tracked = (_git(directory, "ls-files", "-z", "--cached") or "").split("\0")
-    code = frozenset({*filter(None, tracked), *(name for name in names if Path(name).suffix in CODE)})
+    code = tracked.union(name for name in names if Path(name).suffix in CODE)
     return Listing(names, sorted(name for name in ignored if not is_output(directory / name)), code)
 
 
@@ -94,47 +95,57 @@ _OUTPUT = frozenset({"multirun", "outputs", "mlruns", "mlartifacts", "__pycache_
 _MADE = frozenset({".egg-info", ".pyc"})
 _SUBMODULE = "160000 "
 CODE = frozenset(
-    {
-        *(
-            ".py",
-            ".pyi",
-            ".pyx",
-            ".pxd",
-            ".ipynb",
-            ".c",
-            ".cc",
-            ".cpp",
-            ".cu",
-            ".cuh",
-            ".h",
-            ".hpp",
-            ".rs",
-            ".jl",
-        ),
-        *(".sh", ".sql", ".j2", ".jinja", ".yaml", ".yml", ".toml", ".json", ".cfg", ".ini"),
-    }
+    [
+        ".py",
+        ".pyi",
+        ".pyx",
+        ".pxd",
+        ".ipynb",
+        ".c",
+        ".cc",
+        ".cpp",
+        ".cu",
+        ".cuh",
+        ".h",
+        ".hpp",
+        ".rs",
+        ".jl",
+        ".sh",
+        ".sql",
+        ".j2",
+        ".jinja",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".json",
+        ".cfg",
+        ".ini",
+    ]
 )
 """The endings of files that are code or configuration."""
 
 
-def _names(directory: Path) -> list[str] | None:
+def _names(directory: Path) -> tuple[list[str], frozenset[str]] | None:
+    """The project's own files, and those of them that its repository tracks; None for too many folders."""
     tracked = _git(directory, "ls-files", "-z", "--cached", "--stage")
     others = _untracked(directory)
     if tracked is None or others is None:
-        return files_below(directory)
+        below = files_below(directory)
+        return None if below is None else (below, frozenset())
     names: list[str] = []
     nested: list[str] = []
     for entry in filter(None, tracked.split("\0")):
         about, _, name = entry.partition("\t")
         (nested if about.startswith(_SUBMODULE) else names).append(name)
+    own = frozenset(names)
     for name in others:
         (nested if name.endswith("/") else names).append(name)
     for name in nested:
-        if (
-            directory / name / ".git"
-        ).exists():  # else git takes the folder for a part of the repository around it
-            names += (f"{name.rstrip('/')}/{each}" for each in _names(directory / name) or ())
-    return sorted(set(names))
+        # without this git would take the folder for a part of the repository around it
+        if (directory / name / ".git").exists():
+            inner, _ = _names(directory / name) or ((), ())
+            names += (f"{name.rstrip('/')}/{each}" for each in inner)
+    return sorted(set(names)), own
 
 
 def files_below(directory: Path) -> list[str] | None:
