@@ -343,7 +343,9 @@ def test_what_was_written_to_does_not_travel_as_if_it_were_frozen(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "data", [b"nothing", b"", gzip.compress(b"x" * 5000)[:-20], gzip.compress(b"x" * 5000)]
+    "data",
+    [b"nothing", b"", gzip.compress(b"x" * 5000)[:-20], gzip.compress(b"x" * 5000)],
+    ids=["no gzip", "empty", "cut off", "no tar"],
 )
 def test_a_broken_archive_is_one_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar.gz").write_bytes(data)
