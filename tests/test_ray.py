@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -235,10 +234,9 @@ def test_trials_have_the_variables_of_the_users_runtime_env(place: Place) -> Non
 # --- what cannot be ----------------------------------------------------------------------------------------------
 
 
-def test_an_address_where_no_ray_is_is_said_in_one_line_within_ten_seconds(place: Place) -> None:
-    began = time.monotonic()
+def test_an_address_where_no_ray_is_is_said_in_one_line_before_ray_itself_is_asked(place: Place) -> None:
+    """Ray would try for a long time, and say something else."""
     said = place.run("+sweep=grid", "x=1,2", "sweep.executor.address=127.0.0.1:1", status=2)
-    assert time.monotonic() - began < 10
     assert said.splitlines() == [
         "repro-sweep: sweep/executor=ray: there is no Ray at 127.0.0.1:1: [Errno 111] Connection refused"
     ]
