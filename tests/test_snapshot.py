@@ -390,6 +390,16 @@ def test_what_git_tracks_is_code_whatever_its_name(tmp_path: Path) -> None:
     assert not snapshot.has_same_code(first.folder, freeze(project).folder)
 
 
+def test_what_a_submodule_tracks_is_code_too(tmp_path: Path) -> None:
+    project = write(with_a_submodule(tmp_path), {"lib/prompt.txt": "a", "lib/log": ""})
+    subprocess.run(["git", "-C", project / "lib", "add", "prompt.txt"], check=True)
+    first = freeze(project)
+    write(project, {"lib/log": "written meanwhile"})
+    assert snapshot.has_same_code(first.folder, freeze(project).folder)
+    write(project, {"lib/prompt.txt": "b"})
+    assert not snapshot.has_same_code(first.folder, freeze(project).folder)
+
+
 def test_a_submission_is_the_same_at_another_time_and_another_one_with_other_source_or_data(
     tmp_path: Path,
 ) -> None:

@@ -94,39 +94,15 @@ _OTHERS = ("--others", "--exclude-standard")
 _OUTPUT = frozenset({"multirun", "outputs", "mlruns", "mlartifacts", "__pycache__", "node_modules"})
 _MADE = frozenset({".egg-info", ".pyc"})
 _SUBMODULE = "160000 "
-CODE = frozenset(
-    [
-        ".py",
-        ".pyi",
-        ".pyx",
-        ".pxd",
-        ".ipynb",
-        ".c",
-        ".cc",
-        ".cpp",
-        ".cu",
-        ".cuh",
-        ".h",
-        ".hpp",
-        ".rs",
-        ".jl",
-        ".sh",
-        ".sql",
-        ".j2",
-        ".jinja",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".json",
-        ".cfg",
-        ".ini",
-    ]
-)
+CODE = frozenset([
+    ".py", ".pyi", ".pyx", ".pxd", ".ipynb", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".rs", ".jl", ".sh",
+    ".sql", ".j2", ".jinja", ".yaml", ".yml", ".toml", ".json", ".cfg", ".ini",
+])  # fmt: skip
 """The endings of files that are code or configuration."""
 
 
 def _names(directory: Path) -> tuple[list[str], frozenset[str]] | None:
-    """The project's own files, and those of them that its repository tracks; None for too many folders."""
+    """The project's own files, and those of them that git tracks, here or in a nested repository; None for too many."""
     tracked = _git(directory, "ls-files", "-z", "--cached", "--stage")
     others = _untracked(directory)
     if tracked is None or others is None:
@@ -137,15 +113,16 @@ def _names(directory: Path) -> tuple[list[str], frozenset[str]] | None:
     for entry in filter(None, tracked.split("\0")):
         about, _, name = entry.partition("\t")
         (nested if about.startswith(_SUBMODULE) else names).append(name)
-    own = frozenset(names)
+    own = set(names)
     for name in others:
         (nested if name.endswith("/") else names).append(name)
     for name in nested:
         # without this git would take the folder for a part of the repository around it
         if (directory / name / ".git").exists():
-            inner, _ = _names(directory / name) or ((), ())
+            inner, of_inner = _names(directory / name) or ((), ())
             names += (f"{name.rstrip('/')}/{each}" for each in inner)
-    return sorted(set(names)), own
+            own.update(f"{name.rstrip('/')}/{each}" for each in of_inner)
+    return sorted(set(names)), frozenset(own)
 
 
 def files_below(directory: Path) -> list[str] | None:
