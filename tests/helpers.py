@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import shutil
 import signal
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 from typing import Self
+from urllib.parse import urlsplit
 
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import Attempt, NewTrial, Outcome, Trial
@@ -26,6 +29,7 @@ CONSOLE_SCRIPT = Path(sys.executable).with_name("repro-sweep")
 TIMEOUT_S = 300.0
 MARK = "REPRO_SWEEP_TEST_MARK"
 _POLL_S = 0.01
+_READY_S = 120.0
 _FOREIGN = (
     "MLFLOW_", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "VECLIB_", "CUDA_", "REPRO_SWEEP_", "HYDRA_",
 )  # fmt: skip
@@ -74,6 +78,23 @@ def eventually(condition: Callable[[], object], what: str, timeout_s: float = 12
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         time.sleep(_POLL_S)
+
+
+def await_health(process: subprocess.Popen[bytes], uri: str, log: Path) -> None:
+    """Wait until an MLflow server answers."""
+    where = urlsplit(uri)
+    assert where.hostname is not None
+    deadline = time.monotonic() + _READY_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        connection = http.client.HTTPConnection(where.hostname, where.port, timeout=2)
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+            connection.request("GET", "/health")
+            with connection.getresponse() as response:
+                if response.status == 200:
+                    return
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
 
 
 def write(folder: Path, files: Mapping[str, str]) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import free_port
+from helpers import await_health, free_port
 
 from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
@@ -291,31 +291,19 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
     ]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    uri = f"http://127.0.0.1:{port}"
+    # without the processes for jobs of its own that no test asks for
+    extra = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            command, cwd=folder, env=os.environ | extra, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        _await_health(process, port, folder / "server.log")
-        yield f"http://127.0.0.1:{port}"
+        await_health(process, uri, folder / "server.log")
+        yield uri
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # its own session: the server and its one worker
         process.wait()
-
-
-def _await_health(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
-        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
-            connection.request("GET", "/health")
-            with connection.getresponse() as response:
-                if response.status == 200:
-                    return
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
 
 
 @dataclass
