@@ -88,6 +88,7 @@ class Crowd(Executor):
 
     def close(self, timeout_s: float) -> None:
         """Nothing is to be waited for."""
+        del timeout_s
         self.stop(list(self._statuses))
 
 
@@ -140,7 +141,7 @@ def memory_mb() -> float:
 async def _look(coordinator: Coordinator, trials: int, memory: dict[float, float]) -> None:
     """Note the memory when so large a share of the trials is over."""
     for share in _SHARES:
-        while coordinator.progress().counts[TrialState.COMPLETE] < share * trials:
+        while coordinator.progress().counts[TrialState.COMPLETE] < share * trials:  # noqa: ASYNC110
             await asyncio.sleep(_LOOK_S)
         memory[share] = memory_mb()
 

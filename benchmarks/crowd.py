@@ -1,8 +1,8 @@
 """A crowd of simulated workers in one process: ``python -m benchmarks.crowd``.
 
-Each has two connections, as a real one with a slot: on one its slot claims trial after trial, on the other it says every
-second that it lives. What it sends is what ``worker.agent`` sends, byte for byte but for names and numbers; that it runs
-no trials, and speaks HTTP with next to no code, is what lets a thousand of them live in one process.
+Each has two connections, as a real one with a slot: on one its slot claims trial after trial, on the other it says
+every second that it lives. What it sends is what ``worker.agent`` sends. That it runs no trials, and speaks HTTP with
+next to no code, is what lets a thousand of them live in one process.
 
 The process prints ``ready`` when all have registered, begins when it is sent a line, and prints what came of it as one
 line of JSON: see :class:`Tally`.
@@ -35,8 +35,8 @@ _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 class Tally:
     """What a crowd has done.
 
-    ``trials`` are the numbers of those that it was given, in their order; ``claim_s`` is how long each claim took that was
-    answered with a trial. ``refused`` counts results that were not taken, ``messages`` all that were answered.
+    ``trials`` are the numbers of those that it was given, in their order; ``claim_s`` is how long each claim took that
+    was answered with a trial. ``refused`` counts results that were not taken, ``messages`` all that were answered.
     """
 
     trials: list[int] = field(default_factory=list)
@@ -164,7 +164,9 @@ class Worker:
         finally:
             self._over.set()
             await beating
-        await self._pulse.send(self._request("/heartbeat", protocol.Heartbeat(worker=self._name, leaving=True)))
+        await self._pulse.send(
+            self._request("/heartbeat", protocol.Heartbeat(worker=self._name, leaving=True))
+        )
         self._slot.close()
         self._pulse.close()
 
