@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
@@ -377,19 +378,26 @@ def test_a_worker_that_dies_while_it_is_handed_a_trial_does_not_take_it_along(
     ledger: Ledger, spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trial goes to the next worker."""
-    commit = ledger.commit
+    commit, go_on = ledger.commit, threading.Event()
 
     def slow_commit() -> None:
-        time.sleep(0.6)
+        assert go_on.wait(60)
         commit()
 
+    async def until(started: list[str], executor: OneWorker) -> None:
+        while executor.started != started:  # noqa: ASYNC110  (it has none)
+            await asyncio.sleep(0.01)
+
     async def worker(coordinator: Coordinator, executor: OneWorker) -> None:
+        await until(["w"], executor)
         monkeypatch.setattr(ledger, "commit", slow_commit)
         claiming = asyncio.create_task(coordinator.claim(claim("lost")))
         await asyncio.sleep(0)
         executor.ended.add("w")
+        await coordinator.heartbeat(protocol.Heartbeat(worker="w", leaving=True))
+        go_on.set()
         await claiming
-        monkeypatch.setattr(ledger, "commit", commit)
+        await until(["w", "v"], executor)
         await coordinator.register(protocol.Register(worker="v", host="h", pid=2, slots=1))
         claimed = []
         for number in range(3):

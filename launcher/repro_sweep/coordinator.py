@@ -27,13 +27,14 @@ from repro_sweep.journal import Journal
 from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Progress
-from repro_sweep.records import Attempt, NewReport, Outcome, Reused, now
+from repro_sweep.records import Attempt, NewReport, NextAttempt, Outcome, Reused, Trial, now
 from repro_sweep.searching import Searching
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tally import Tally
 from repro_sweep.tracking.process import TrackerProcess
 from repro_sweep.verdicts import Verdicts
+from repro_sweep.waiters import Waiters
 from repro_sweep.watch import Watch
 
 _T = TypeVar("_T")
@@ -93,7 +94,9 @@ class Coordinator:
         self._lease = lease
         self._asker = asker
         self._changed = asyncio.Event()
-        self._starting: dict[str, tuple[int, asyncio.Task[protocol.Claimed | None]]] = {}
+        self._waiters = Waiters()
+        self._starting: dict[str, tuple[int, asyncio.Future[protocol.Claimed | None]]] = {}
+        self._losing: dict[str, asyncio.Task[None]] = {}
         self._searching = False
         self._draining = False
         self._stopping = False
@@ -112,6 +115,8 @@ class Coordinator:
         self._keeper: asyncio.Task[None] | None = None
         self._running: dict[str, _Running] = {}
         self._workers: dict[str, _Worker] = {}
+        self._slots = 0
+        self._offered = 0
         self._handout = Handout()
         self._fresh: set[int] = set()
         self._tally = self._take_over(ledger)
@@ -136,7 +141,7 @@ class Coordinator:
             worker.attempts.add(attempt.id)
             group = worker.group(attempt.worker, attempt.slot)
             self._handout.occupy(group)
-            assignment = self._assignment(ledger, attempt)
+            assignment = self._assignment(attempt, ledger.trial(attempt.trial))
             self._running[attempt.id] = _Running(
                 attempt.trial, attempt.worker, attempt.slot, group, assignment, time.monotonic()
             )
@@ -264,6 +269,8 @@ class Coordinator:
                 self._asking.cancel()
             if self._search is not None and not self._superseded and self._ended_by is None:
                 await self._search.save_hours()
+            if self._losing:
+                await asyncio.wait(self._losing.values())
             if not (self._superseded or self._leaving):
                 self._stopping = True  # what its workers stop now is to be run again
                 self._journal.give_up()
@@ -300,6 +307,7 @@ class Coordinator:
             running.group = worker.group(message.worker, running.slot)
             self._handout.occupy(running.group)
         worker.outdated = bool(message.spec) and self._differs(message.spec)
+        self._count_slots()
         for attempt in worker.attempts - set(message.attempts) - set(self._starting):
             await self._end_lost(attempt, "its worker does not have it any more")
         self._measure()
@@ -311,7 +319,9 @@ class Coordinator:
         if finished is None:
             return await self._next(message, message.wait_s)
         if len(self._handout) and finished.state is not TrialState.FAIL:  # both in one commit
-            _, claimed = await asyncio.gather(self.finish(finished), self._next(message, 0.0))
+            ended = await self._enter_finish(finished)
+            claimed = await self._next(message, 0.0)
+            await asyncio.shield(ended)
             return claimed
         await self.finish(finished)
         return await self._next(message, _SOON_S if self._is_searching else 0.0)
@@ -337,6 +347,11 @@ class Coordinator:
 
     async def finish(self, message: protocol.Finish) -> protocol.Acknowledged:
         """An attempt ended; a repeated message changes nothing."""
+        ending = await asyncio.shield(await self._enter_finish(message))
+        return protocol.Acknowledged(refused=not ending.accepted)
+
+    async def _enter_finish(self, message: protocol.Finish) -> asyncio.Future[endings.Ending]:
+        """Have the end of an attempt recorded; the future tells when it is."""
         if message.kind is not FailureKind.NODE_LOST and self._crew is not None:
             self._crew.was_fruitful()
         if message.metric_missing and message.attempt in self._running and self._fatal is None:
@@ -349,9 +364,9 @@ class Coordinator:
             metrics=message.metrics,
             ended_at=message.ended_at,
         )
-        reports = [_new_report(each) for each in message.reports]
-        accepted = await self._end(message.attempt, outcome, reports)
-        return protocol.Acknowledged(refused=not accepted)
+        return await self._enter_end(
+            message.attempt, outcome, [_new_report(each) for each in message.reports]
+        )
 
     async def heartbeat(self, message: protocol.Heartbeat) -> protocol.Beat:
         """The worker lives, or leaves."""
@@ -408,74 +423,88 @@ class Coordinator:
             if worker is not None and worker.slots and not self._searching and self._paused is None:
                 number = self._handout.take(worker.group(message.worker, message.slot))
                 if number is not None:
-                    claimed = await self._start(number, worker, message)
+                    claimed = await asyncio.shield(self._start(number, worker, message))
+                    if message.attempt in self._losing:
+                        await asyncio.wait([self._losing[message.attempt]])
                     if claimed is None:
                         continue
                     return claimed
             left = deadline - time.monotonic()
             if left <= 0:
                 return protocol.Claimed()
-            await self._wait_for_change(min(left, 1.0))
+            await self._waiters.wait(message, min(left, 1.0))
+
+    def _wake_claims(self) -> None:
+        """Trials wait: let as many claims look as there are."""
+        if self._handout.some_alone:  # who may have one depends on what runs beside it
+            self._waiters.wake_all()
+        elif len(self._waiters):
+            self._waiters.wake(len(self._handout), self._is_heard)
+
+    def _is_heard(self, claim: protocol.Claim) -> bool:
+        worker = self._workers.get(claim.worker)
+        return worker is not None and worker.slots > 0
 
     def _has_time(self, worker: _Worker, left_s: float | None) -> bool:
         """Whether a worker has the time for another trial; one that has run none gets it anyhow: no other has more."""
         return left_s is None or not worker.has_run or left_s >= self._tally.longest_s
 
-    async def _start(self, number: int, worker: _Worker, claim: protocol.Claim) -> protocol.Claimed | None:
-        """Commit that a trial is handed out; None: it is cancelled.
-
-        A task of its own: the claim may be given up meanwhile.
-        """
-
-        def forget(task: asyncio.Task[protocol.Claimed | None]) -> None:
-            self._starting.pop(claim.attempt, None)
-            if not task.cancelled():
-                task.exception()  # whoever waits gets it; nobody may
-
-        task = asyncio.create_task(self._commit_start(number, worker, claim))
-        self._starting[claim.attempt] = number, task
-        task.add_done_callback(forget)
-        return await asyncio.shield(task)
-
-    async def _commit_start(
+    def _start(
         self, number: int, worker: _Worker, claim: protocol.Claim
-    ) -> protocol.Claimed | None:
+    ) -> asyncio.Future[protocol.Claimed | None]:
+        """Commit that a trial is handed out; the result is the reply, None where the trial is cancelled.
+
+        It is handed out whether or not the claim is still there to hear of it: its worker will repeat it.
+        """
         group = worker.group(claim.worker, claim.slot)
         alone = self._handout.is_alone(number)
         started_at = now()
 
         def change(ledger: Ledger) -> protocol.Claimed | None:
-            if ledger.attempt(claim.attempt) is not None:  # given up before its worker heard of it
-                return protocol.Claimed()
-            if ledger.trial(number).cancelled:  # just now
+            trial = ledger.next_attempt(number)
+            if trial.cancelled:  # just now
                 return None
             attempt = Attempt(
-                id=claim.attempt, trial=number, ordinal=len(ledger.attempts(number)), worker=claim.worker,
-                slot=claim.slot, host=worker.host, state=TrialState.RUNNING, kind=None, message=None, metrics={},
+                id=claim.attempt, trial=number, ordinal=trial.ordinal, worker=claim.worker, slot=claim.slot,
+                host=worker.host, state=TrialState.RUNNING, kind=None, message=None, metrics={},
                 started_at=started_at, ended_at=None, code=self.spec.code,
             )  # fmt: skip
-            ledger.start_attempt(attempt)
-            return protocol.Claimed(assignment=self._assignment(ledger, attempt))
+            if not ledger.start_attempt(attempt):  # given up before its worker heard of it
+                return protocol.Claimed()
+            return protocol.Claimed(assignment=self._assignment(attempt, trial))
+
+        def started(claimed: protocol.Claimed | None) -> None:
+            del self._starting[claim.attempt]
+            if claimed is None:
+                self._fresh.discard(number)
+                self._handout.release(group, number)
+                self._tally.cancel(number)
+                self._cancelling.discard(number)
+                if self._over():
+                    self._notify()
+            elif claimed.assignment is None:
+                put_back()
+            else:
+                self._fresh.discard(number)
+                self._note_started(claim, worker, group, claimed.assignment)
+
+        def failed() -> None:
+            del self._starting[claim.attempt]
+            put_back()
 
         def put_back() -> None:
             self._handout.release(group, number)
             self._handout.add(number, first=True, alone=alone)
+            self._wake_claims()
 
-        try:
-            claimed = await self._write(change)
-        except BaseException:
-            put_back()
-            raise
-        assignment = None if claimed is None else claimed.assignment
-        if claimed is not None and assignment is None:
-            put_back()
-            return claimed
-        self._fresh.discard(number)
-        if assignment is None:
-            self._handout.release(group, number)
-            self._tally.cancel(number)
-            self._cancelling.discard(number)
-            return None
+        future = self._enter(change, started, failed)
+        self._starting[claim.attempt] = number, future
+        return future
+
+    def _note_started(
+        self, claim: protocol.Claim, worker: _Worker, group: Group, assignment: protocol.Assignment
+    ) -> None:
+        number = assignment.trial
         self._running[claim.attempt] = _Running(
             number, claim.worker, claim.slot, group, assignment, time.monotonic()
         )
@@ -484,14 +513,14 @@ class Coordinator:
         self._tally.set_state(number, TrialState.RUNNING)
         self._measure()
         if self._workers.get(claim.worker) is not worker:
-            await self._end_lost(claim.attempt, "its worker ended")
-        return claimed
+            losing = asyncio.create_task(self._end_lost(claim.attempt, "its worker ended"))
+            self._losing[claim.attempt] = losing
+            losing.add_done_callback(lambda _: self._losing.pop(claim.attempt))
 
-    def _assignment(self, ledger: Ledger, attempt: Attempt) -> protocol.Assignment:
-        trial = ledger.trial(attempt.trial)
+    def _assignment(self, attempt: Attempt, trial: NextAttempt | Trial) -> protocol.Assignment:
         directory = self.spec.trial_directory(trial.directory)
         return protocol.Assignment(
-            attempt=attempt.id, trial=trial.number, ordinal=attempt.ordinal, overrides=trial.overrides,
+            attempt=attempt.id, trial=attempt.trial, ordinal=attempt.ordinal, overrides=trial.overrides,
             config=trial.config, identity=trial.identity, directory=str(directory),
             log_size=exchange.log_size(directory) if attempt.ordinal else 0,
         )  # fmt: skip
@@ -505,40 +534,52 @@ class Coordinator:
 
     # --- ends ------------------------------------------------------------------------------------------------
 
-    async def _end(self, attempt: str, outcome: Outcome, reports: list[NewReport]) -> bool:
-        """Record an attempt's last reports and its end; returns whether it was taken, now or before."""
+    async def _end(self, attempt: str, outcome: Outcome, reports: list[NewReport]) -> None:
+        """Record an attempt's last reports and its end."""
+        await asyncio.shield(await self._enter_end(attempt, outcome, reports))
+
+    async def _enter_end(
+        self, attempt: str, outcome: Outcome, reports: list[NewReport]
+    ) -> asyncio.Future[endings.Ending]:
+        """Have it recorded; the future tells when it is."""
         if self._search is not None:
             await self._search.settle()
         running = self._running.get(attempt)
         stopping = self._stopping
-        ending = await self._write(
-            lambda ledger: endings.record(ledger, self.spec, attempt, outcome, reports, stopping=stopping)
+        return self._enter(
+            lambda ledger: endings.record(ledger, self.spec, attempt, outcome, reports, stopping=stopping),
+            lambda ending: self._note_ended(attempt, running, ending, reports),
         )
-        if running is not None and ending.accepted:
-            whole = outcome.state is TrialState.COMPLETE and running.assignment.ordinal == 0
-            self._verdicts.ended(attempt, running.trial, reports, whole=whole)
-            self._tell(ending.step, running.trial, ending.outcome.state, ending.outcome.metrics)
-        if not ending.accepted or running is None or self._running.pop(attempt, None) is None:
-            return ending.accepted  # too late, or the same message twice
-        number = running.trial
+
+    def _note_ended(
+        self, attempt: str, running: _Running | None, ending: endings.Ending, reports: list[NewReport]
+    ) -> None:
+        if running is None or not ending.accepted:
+            return
+        outcome, number = ending.outcome, running.trial
+        whole = outcome.state is TrialState.COMPLETE and running.assignment.ordinal == 0
+        self._verdicts.ended(attempt, number, reports, whole=whole)
+        self._tell(ending.step, number, outcome.state, outcome.metrics)
+        if self._running.pop(attempt, None) is None:
+            return  # the same message twice
         worker = self._workers.get(running.worker)
         if worker is not None:
             worker.attempts.discard(attempt)
         self._handout.release(running.group, number)
         self._cancelling.discard(number)
         directory = running.assignment.directory
-        self._tally.ended(
-            number, ending.outcome, again=ending.again, since=running.started, directory=directory
-        )
+        self._tally.ended(number, outcome, again=ending.again, since=running.started, directory=directory)
         self._measure()
         if ending.again:
-            first = ending.outcome.kind is not FailureKind.EXCEPTION
+            first = outcome.kind is not FailureKind.EXCEPTION
             self._handout.add(number, first=first, alone=ending.alone)
         if self._tally.too_many_failures and not self._draining:
             log.warning("too many trials have failed (sweep.max_failures): nothing new starts")
             self.drain()
-        self._notify()
-        return True
+        if self._over():
+            self._notify()
+        elif ending.again or self._handout.some_alone:
+            self._wake_claims()
 
     async def _end_lost(self, attempt: str, why: str, kind: FailureKind = FailureKind.NODE_LOST) -> None:
         """A worker does not run an attempt any more; what it left on disk counts."""
@@ -620,8 +661,11 @@ class Coordinator:
         for attempt in list(lost.attempts):
             await self._end_lost(attempt, why, kind)
         self._handout.forget(worker)
+        self._count_slots()
         self._measure()
-        self._notify()
+        if not self._workers:
+            self._notify()
+        self._wake_claims()
 
     def _excuse_workers(self) -> None:
         """This process itself was stopped: nobody's silence counts."""
@@ -649,7 +693,7 @@ class Coordinator:
 
     def slot_count(self) -> int:
         """How many slots there are that get trials."""
-        return sum(worker.slots for worker in self._workers.values() if not worker.outdated)
+        return self._offered
 
     def is_idle(self) -> bool:
         """Whether nothing runs or waits."""
@@ -669,7 +713,9 @@ class Coordinator:
             self._tally.add(number)
             self._handout.add(number)
         self._fresh.update(numbers)
-        self._notify()
+        self._wake_claims()
+        if self._search is not None:
+            self._search.wake()
 
     def withdraw(self) -> list[int]:
         """Take back the trials that wait and have never begun; returns their numbers."""
@@ -715,9 +761,37 @@ class Coordinator:
         try:
             return await self._journal.write(change)
         except LedgerError as error:
-            self._ended_by = self._ended_by or error
-            self._notify()
+            self._note_error(error)
             raise
+
+    def _enter(
+        self,
+        change: Callable[[Ledger], _T],
+        then: Callable[[_T], None],
+        otherwise: Callable[[], None] = lambda: None,
+    ) -> asyncio.Future[_T]:
+        """Have a change made; when it is durable, and before anybody hears of it, ``then`` is called with its result.
+
+        It is made whatever becomes of who waits for the future, which must be shielded. ``otherwise`` is called where
+        it cannot be made.
+        """
+
+        def done(future: asyncio.Future[_T]) -> None:
+            error = future.exception()
+            if error is None:
+                then(future.result())
+                return
+            if isinstance(error, LedgerError):
+                self._note_error(error)
+            otherwise()
+
+        entered = self._journal.enter(change)
+        entered.add_done_callback(done)
+        return entered
+
+    def _note_error(self, error: LedgerError) -> None:
+        self._ended_by = self._ended_by or error
+        self._notify()
 
     @property
     def _paused(self) -> str | None:
@@ -748,6 +822,8 @@ class Coordinator:
         return self._draining or not (len(self._handout) or self._is_searching)
 
     def _notify(self) -> None:
+        """All who wait are to look again."""
+        self._waiters.wake_all()
         self._changed.set()
         self._changed = asyncio.Event()
         if self._search is not None:
@@ -757,9 +833,9 @@ class Coordinator:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
-    @property
-    def _slots(self) -> int:
-        return sum(worker.slots for worker in self._workers.values())
+    def _count_slots(self) -> None:
+        self._slots = sum(worker.slots for worker in self._workers.values())
+        self._offered = sum(worker.slots for worker in self._workers.values() if not worker.outdated)
 
     def _measure(self) -> None:
         self._tally.measure(slots=self._slots, running=len(self._running))

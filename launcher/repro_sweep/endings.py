@@ -44,7 +44,7 @@ def record(
 
     ``stopping``: the coordinator has stopped its workers.
     """
-    found = ledger.attempt(attempt)
+    found = ledger.standing(attempt)
     if found is None:
         return Ending(accepted=False, outcome=outcome)
     if found.state is not TrialState.RUNNING:
@@ -53,19 +53,19 @@ def record(
         ledger.note(attempt, f"its result ({outcome.state}) came too late and was refused")
         log.warning("attempt %s had ended before: its result was refused", attempt)
         return Ending(accepted=False, outcome=outcome)
-    trial = ledger.trial(found.trial)
-    of_user = outcome.state is TrialState.FAIL and trial.cancelled
+    of_user = outcome.state is TrialState.FAIL and found.cancelled
     outcome = _attributed(outcome, of_user=of_user, stopping=stopping)
-    past = retries.past_failures(trial, ledger.attempts(trial.number)) if outcome.kind is not None else []
+    past = _past(ledger, found.trial) if outcome.kind is not None else []
     if of_user:
         again = False
     elif outcome.kind is FailureKind.CANCELLED:
         again = True
     else:
         again = retries.tries_again(spec.limits.retries, outcome.kind, past)
-    ledger.add_reports(attempt, reports)
+    if reports:
+        ledger.add_reports(attempt, reports)
     ledger.finish_attempt(attempt, outcome, again=again, cancelled=of_user)
-    step = 0 if again else tell(ledger, spec, trial.number, outcome.state, outcome.metrics)
+    step = 0 if again else tell(ledger, spec, found.trial, outcome.state, outcome.metrics)
     return Ending(
         accepted=True, outcome=outcome, again=again, alone=_needs_room([*past, outcome.kind]), step=step
     )
@@ -91,7 +91,11 @@ def _attributed(outcome: Outcome, *, of_user: bool, stopping: bool) -> Outcome:
 
 def must_be_alone(ledger: Ledger, number: int) -> bool:
     """Whether a waiting trial has run out of memory and is to have its GPU for itself."""
-    return _needs_room(retries.past_failures(ledger.trial(number), ledger.attempts(number)))
+    return _needs_room(_past(ledger, number))
+
+
+def _past(ledger: Ledger, number: int) -> list[FailureKind]:
+    return retries.past_failures(ledger.trial(number), ledger.attempts(number))
 
 
 def _needs_room(failures: Sequence[FailureKind | None]) -> bool:

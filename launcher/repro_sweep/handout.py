@@ -28,6 +28,11 @@ class Handout:
         reserved = sum(number not in self._started for number in self._reserved.values())
         return len(self._waiting) + len(self._alone) + reserved
 
+    @property
+    def some_alone(self) -> bool:
+        """Whether a trial waits, or runs, that needs to be alone."""
+        return bool(self._alone or self._reserved)
+
     def add(self, number: int, *, first: bool = False, alone: bool = False) -> None:
         """A trial waits, ahead of all others if ``first``."""
         queue = self._alone if alone else self._waiting

@@ -39,11 +39,15 @@ class Journal:
         Raises:
             LedgerError: it could not be written; nothing of its batch was.
         """
+        return await self.enter(change)
+
+    def enter(self, change: Callable[[Ledger], _T]) -> asyncio.Future[_T]:
+        """The same, for one who need not wait: the change is made whatever becomes of the caller."""
         future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
         self._pending.append((change, future))
         if self._committing is None:
             self._committing = asyncio.create_task(self._commit_all())
-        return await future
+        return future
 
     def give_up(self) -> None:
         """Wait for no disk any more: from now on a change that cannot be written is an error."""

@@ -27,9 +27,11 @@ from repro_sweep.records import (
     Attempt,
     NewReport,
     NewTrial,
+    NextAttempt,
     Outcome,
     Report,
     Reused,
+    Standing,
     Step,
     Trial,
     attempt_of,
@@ -211,7 +213,9 @@ class Ledger:
 
     def begin(self, wait_s: float) -> bool:
         """Begin a change that nobody else's can come between; returns whether that was possible within the time."""
-        self._execute(f"PRAGMA busy_timeout = {int(wait_s * 1000)}")
+        wait_ms = int(wait_s * 1000)
+        if wait_ms != _BUSY_MS:
+            self._execute(f"PRAGMA busy_timeout = {wait_ms}")
         try:
             self._db.execute("BEGIN IMMEDIATE")
             return True
@@ -220,7 +224,8 @@ class Ledger:
                 return False
             raise _meaning(self.path, error) from error
         finally:
-            self._execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+            if wait_ms != _BUSY_MS:
+                self._execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
 
     def fence(self, epoch: int) -> None:
         """From now on, commit only while this is the ledger's epoch: it grows with each new coordinator."""
@@ -272,24 +277,30 @@ class Ledger:
             row = (trial.number, trial.identity, trial.point, trial.directory, overrides, params, repeat)
             self._execute(sql, (*row, trial.config, TrialState.WAITING, self._next_change()))
 
-    def start_attempt(self, attempt: Attempt) -> None:
+    def start_attempt(self, attempt: Attempt) -> bool:
         """Record that an attempt has been handed out; its trial is RUNNING.
+
+        Returns:
+            False, having changed nothing, where there is or was an attempt of that id.
 
         Raises:
             LedgerError: the trial is not WAITING: it must not be handed out.
         """
         row = (attempt.id, attempt.trial, attempt.ordinal, attempt.worker, attempt.slot, attempt.host)
-        self._execute(
+        added = self._execute(
             "INSERT INTO attempts (id, trial, ordinal, worker, slot, host, state, started_at, code)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
             (*row, attempt.state, attempt.started_at, attempt.code),
         )
+        if added.rowcount != 1:
+            return False
         moved = self._execute(
             "UPDATE trials SET state = ?, attempt = ?, change = ? WHERE number = ? AND state = ?",
             (TrialState.RUNNING, attempt.id, self._next_change(), attempt.trial, TrialState.WAITING),
         )
         if moved.rowcount != 1:
             raise LedgerError(f"{self.path}: trial {attempt.trial} does not wait")
+        return True
 
     def add_reports(self, attempt: str, reports: Sequence[NewReport]) -> bool:
         """Record reports of a running attempt, each once: those with a number that is larger than all before.
@@ -479,6 +490,33 @@ class Ledger:
         if row is None:
             raise LedgerError(f"{self.path}: there is no trial {number}")
         return trial_of(row)
+
+    def next_attempt(self, number: int) -> NextAttempt:
+        """What a trial's next attempt needs, in one look."""
+        row = self._execute(
+            "SELECT overrides, config, identity, directory, cancelled,"
+            " (SELECT count(*) FROM attempts WHERE trial = number) FROM trials WHERE number = ?",
+            (number,),
+        ).fetchone()
+        if row is None:
+            raise LedgerError(f"{self.path}: there is no trial {number}")
+        overrides, config, identity, directory, cancelled, ordinal = row
+        return NextAttempt(
+            ordinal=ordinal, overrides=tuple(json.loads(overrides)), config=config, identity=identity,
+            directory=directory, cancelled=bool(cancelled),
+        )  # fmt: skip
+
+    def standing(self, attempt: str) -> Standing | None:
+        """How an attempt stands, in one look; None where it is not known."""
+        row = self._execute(
+            "SELECT trial, attempts.state, ended_at, cancelled FROM attempts JOIN trials ON number = trial"
+            " WHERE id = ?",
+            (attempt,),
+        ).fetchone()
+        if row is None:
+            return None
+        trial, state, ended_at, cancelled = row
+        return Standing(trial=trial, state=TrialState(state), ended_at=ended_at, cancelled=bool(cancelled))
 
     def trials(
         self, *, states: Sequence[TrialState] | None = None, changed_after: int = -1

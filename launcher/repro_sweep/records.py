@@ -79,6 +79,28 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NextAttempt:
+    """What the next attempt of a trial needs of it; ``ordinal`` is the attempt's, all else as in :class:`Trial`."""
+
+    ordinal: int
+    overrides: tuple[str, ...]
+    config: str
+    identity: str
+    directory: str
+    cancelled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How an attempt stands: its ``trial``, its ``state`` and end, and whether the user has cancelled its trial."""
+
+    trial: int
+    state: TrialState
+    ended_at: float | None
+    cancelled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewReport:
     """Metrics of one step as an attempt reports them; ``seq`` counts its reports from 0, ``time`` is seconds UTC."""
 

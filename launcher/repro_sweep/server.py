@@ -1,6 +1,22 @@
-"""The coordinator's HTTP side: FastAPI on a Unix socket that only the user can open, and on TCP for other machines.
+"""The coordinator's HTTP side: on a Unix socket that only the user can open, and on TCP for other machines.
 
-Over TCP, each message must carry the sweep's token, which its user finds in ``coordinator.json``.
+uvicorn speaks HTTP; what it serves is a bare ASGI application, as a thousand workers send some thousand messages a
+second. Each message is a POST of JSON to the path of its kind (see ``protocol``). Over TCP, it must carry the sweep's
+token, which its user finds in ``coordinator.json``.
+
+======  ================================================================================================================
+status  meaning
+======  ================================================================================================================
+200     the reply, as JSON
+401     over TCP, without the token
+404     there is no such path
+405     not a POST
+410     another coordinator has taken the sweep over
+413     more bytes than any message has
+422     not a message of that kind: one line says what is wrong with it
+500     a bug; the traceback is in the log
+503     the ledger cannot be written
+======  ================================================================================================================
 """
 
 from __future__ import annotations
@@ -8,17 +24,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import http
 import secrets
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
-from starlette.types import Message, Receive, Scope, Send
+from pydantic import TypeAdapter, ValidationError
 
 from repro_sweep import protocol
 from repro_sweep.errors import LeaseLostError, LedgerError, SweepError
@@ -28,6 +44,15 @@ from repro_sweep.progress import Progress
 
 ANY_HOST = "*"
 _LONGEST_FOLDER = 70
+_MOST_BYTES = 256 << 20
+"""Of a message: a result may bring along what its trial has reported while there was no coordinator."""
+_MOST_ERRORS = 5
+_JSON = b"application/json"
+_TEXT = b"text/plain; charset=utf-8"
+
+_Event: TypeAlias = MutableMapping[str, Any]
+_Receive: TypeAlias = Callable[[], Awaitable[_Event]]
+_Send: TypeAlias = Callable[[_Event], Awaitable[None]]
 
 
 class Handlers(Protocol):
@@ -70,7 +95,8 @@ class Server:
         self._folder = tempfile.TemporaryDirectory(prefix="repro-sweep-", dir=folder)
         self.path = str(Path(self._folder.name) / "coordinator.sock")
         config = uvicorn.Config(
-            _app(handlers, self.token), log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=3600,
+            _App(handlers, self.token), http="httptools", ws="none", lifespan="off", log_level="warning",
+            access_log=False, proxy_headers=False, server_header=False, date_header=False, timeout_keep_alive=3600,
             timeout_graceful_shutdown=1,
         )  # fmt: skip
         self._server = _Uvicorn(config)
@@ -130,55 +156,124 @@ def _own_address() -> list[str]:
             return []
 
 
-def _app(handlers: Handlers, token: str) -> _Answering:
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    paths: dict[str, Callable[..., Awaitable[object]]] = {
-        "/register": handlers.register,
-        "/claim": handlers.claim,
-        "/report": handlers.report,
-        "/finish": handlers.finish,
-        "/heartbeat": handlers.heartbeat,
-        "/run": handlers.run_reference,
-        "/piece": handlers.piece,
-        "/source": handlers.source,
-        "/status": handlers.status,
-        "/cancel": handlers.cancel,
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """How one kind of message is answered."""
+
+    request: TypeAdapter[Any]
+    reply: TypeAdapter[Any]
+    handle: Callable[[Any], Awaitable[object]]
+    received: str
+    answering: str
+
+
+def _routes(handlers: Handlers) -> dict[str, _Route]:
+    kinds: list[tuple[str, type, type, Callable[[Any], Awaitable[object]]]] = [
+        ("register", protocol.Register, protocol.Registered, handlers.register),
+        ("claim", protocol.Claim, protocol.Claimed, handlers.claim),
+        ("report", protocol.Reports, protocol.Acknowledged, handlers.report),
+        ("finish", protocol.Finish, protocol.Acknowledged, handlers.finish),
+        ("heartbeat", protocol.Heartbeat, protocol.Beat, handlers.heartbeat),
+        ("run", protocol.RunRequest, protocol.RunReference, handlers.run_reference),
+        ("piece", protocol.Piece, protocol.Acknowledged, handlers.piece),
+        ("source", protocol.SourceRequest, protocol.SourcePiece, handlers.source),
+        ("status", protocol.StatusRequest, Progress, handlers.status),
+        ("cancel", protocol.Cancel, protocol.Cancelled, handlers.cancel),
+    ]
+    return {
+        f"/{name}": _Route(
+            TypeAdapter(request), TypeAdapter(reply), handle, f"{name}.received", f"{name}.answering"
+        )
+        for name, request, reply, handle in kinds
     }
-    for path, handler in paths.items():
-        app.add_api_route(path, handler, methods=["POST"])
-    app.add_exception_handler(LeaseLostError, _gone)
-    app.add_exception_handler(LedgerError, _unavailable)
-    return _Answering(app, token)
 
 
-def _gone(_request: Request, error: Exception) -> Response:
-    return Response(str(error), status_code=http.HTTPStatus.GONE)
+class _RefusedError(Exception):
+    """A message that is answered with an error."""
+
+    def __init__(self, status: HTTPStatus, text: str) -> None:
+        super().__init__(text)
+        self.status = status
 
 
-def _unavailable(_request: Request, error: Exception) -> Response:
-    return Response(str(error), status_code=http.HTTPStatus.SERVICE_UNAVAILABLE)
+class _App:
+    """The ASGI application: finds the handler of a message, and passes by the failpoints before and after it."""
 
-
-class _Answering:
-    """Refuses who comes over TCP without the token; passes by the failpoints before and after a message is handled."""
-
-    def __init__(self, app: FastAPI, token: str) -> None:
-        self._app = app
+    def __init__(self, handlers: Handlers, token: str) -> None:
+        self._routes = _routes(handlers)
         self._wanted = f"Bearer {token}".encode()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        over_tcp = scope.get("client") is not None
-        given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        if over_tcp and not hmac.compare_digest(given, self._wanted):
-            await Response("not this sweep's token", status_code=http.HTTPStatus.UNAUTHORIZED)(
-                scope, receive, send
-            )
+    async def __call__(self, scope: _Event, receive: _Receive, send: _Send) -> None:
+        if not _came_by_the_socket(scope) and not self._has_token(scope):
+            await _send(send, HTTPStatus.UNAUTHORIZED, _TEXT, b"not this sweep's token")
             return
-        name = scope.get("path", "")[1:]
-        failpoint(f"{name}.received")
+        route = self._routes.get(scope["path"])
+        if route is None:
+            await _send(send, HTTPStatus.NOT_FOUND, _TEXT, b"there is no such path")
+            return
+        failpoint(route.received)
+        try:
+            body = await _answer(route, scope, receive)
+        except (_RefusedError, LedgerError) as error:
+            failpoint(route.answering)
+            await _send(send, _status(error), _TEXT, str(error).encode())
+        else:
+            failpoint(route.answering)
+            await _send(send, HTTPStatus.OK, _JSON, body)
 
-        async def answer(message: Message) -> None:
-            failpoint(f"{name}.answering")
-            await send(message)
+    def _has_token(self, scope: _Event) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return hmac.compare_digest(given, self._wanted)
 
-        await self._app(scope, receive, answer)
+
+def _came_by_the_socket(scope: _Event) -> bool:
+    """Whether a message came over the Unix socket. Who has hung up already has no address, but we still have ours."""
+    server = scope.get("server")
+    return server is not None and server[1] is None
+
+
+async def _answer(route: _Route, scope: _Event, receive: _Receive) -> bytes:
+    if scope["method"] != "POST":
+        raise _RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, "every message is a POST")
+    try:
+        message = route.request.validate_json(await _read(receive))
+    except ValidationError as error:
+        raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, _explain(error)) from error
+    return route.reply.dump_json(await route.handle(message))
+
+
+async def _read(receive: _Receive) -> bytes:
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more:
+        event = await receive()
+        if event["type"] == "http.disconnect":
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "the message is not whole")
+        parts.append(event["body"])
+        size, more = size + len(parts[-1]), event["more_body"]
+        if size > _MOST_BYTES:
+            text = f"a message has {_MOST_BYTES} bytes at most"
+            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+    return b"".join(parts)
+
+
+def _explain(error: ValidationError) -> str:
+    """What is wrong with a message, in one line."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    lines = [f"{'.'.join(map(str, each['loc'])) or 'the message'}: {each['msg']}" for each in found]
+    more = [f"and {len(lines) - _MOST_ERRORS} more"] if len(lines) > _MOST_ERRORS else []
+    return " ".join("; ".join([*lines[:_MOST_ERRORS], *more]).split())
+
+
+def _status(error: _RefusedError | LedgerError) -> HTTPStatus:
+    if isinstance(error, _RefusedError):
+        return error.status
+    return HTTPStatus.GONE if isinstance(error, LeaseLostError) else HTTPStatus.SERVICE_UNAVAILABLE
+
+
+async def _send(send: _Send, status: HTTPStatus, kind: bytes, body: bytes) -> None:
+    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        headers.append((b"allow", b"POST"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -47,7 +47,7 @@ def run(submission: Submission) -> int:
     Raises:
         ReproSweepError: it cannot be started, or cannot go on.
     """
-    # it needs FastAPI, for which what is refused, or only shown, need not wait
+    # it needs uvicorn, for which what is refused, or only shown, need not wait
     from repro_sweep.cli import session, summary
 
     spec = submission.spec
