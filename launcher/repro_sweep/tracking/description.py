@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from repro_sweep.ledger import Ledger
@@ -35,7 +35,7 @@ OWN_LIMIT = 5000
 _LEAST = 200
 _SHOWN = (10, 5, 2, 0)
 _COLUMNS = 8
-_CELL = 40
+_CELL = 42
 _FEW = 100
 """Of more changed trials than this, the attempts of all are read at once."""
 
@@ -96,14 +96,12 @@ class Board:
         )
 
 
-def text_of(spec: SweepSpec, standing: Standing, report: str | None, limit: int = OWN_LIMIT) -> str:
-    """The description within a limit of characters; ``report`` is the address of the sweep's report, if there is one.
-
-    It is empty where the limit is too small.
-    """
+def text_of(spec: SweepSpec, standing: Standing, links: Mapping[str, str], limit: int = OWN_LIMIT) -> str:
+    """The description within a limit of characters, empty where that is too small; ``links`` are by their texts."""
     for shown in _SHOWN:
-        parts = [_summary(spec, standing), _table(spec, standing, shown), _links(report)]
-        text = clean("\n\n".join(filter(None, parts)))
+        # MLflow folds it after some lines: the links are seen at once
+        about = " ".join(filter(None, [_summary(spec, standing), _links(links)]))
+        text = clean("\n\n".join(filter(None, [about, _table(spec, standing, shown)])))
         if len(text) <= limit:
             return text
     return ""
@@ -172,10 +170,8 @@ def _table(spec: SweepSpec, standing: Standing, shown: int) -> str:
     return "\n".join(lines) + (f"\n\n{'; '.join(more)}" if more else "")
 
 
-def _links(report: str | None) -> str:
-    if report is None:
-        return ""
-    return f"[Report]({report}): leaderboard, parameter importances, parallel coordinates, learning curves"
+def _links(links: Mapping[str, str]) -> str:
+    return " · ".join(f"[{escaped(text)}]({address})" for text, address in links.items())
 
 
 def _line(cells: Sequence[str]) -> str:

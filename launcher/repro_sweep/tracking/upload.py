@@ -26,7 +26,7 @@ from repro_sweep.sweep import SweepSpec
 from repro_sweep.tracking import description, encoding
 from repro_sweep.tracking.description import Standing
 from repro_sweep.tracking.encoding import Curve, Point
-from repro_sweep.tracking.pages import artifact_page
+from repro_sweep.tracking.pages import artifact_page, children_page
 from repro_sweep.tracking.sent import Sent
 from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, artifact_name
 
@@ -363,8 +363,15 @@ class SweepUpload(Upload):
         """Renew our part of the run's description, unless a user has changed it or taken it away."""
         if self._standing is None:
             return
-        link = artifact_page(place.experiment, run_id, REPORT) if self.report else None
-        text = functools.partial(description.text_of, self._spec, self._standing, link)
+        spec = self._spec
+        links = {
+            "Its trials, best first": children_page(place.experiment, run_id, spec.metric, spec.direction)
+        }
+        if self.report:
+            links["Leaderboard, importances, learning curves"] = artifact_page(
+                place.experiment, run_id, REPORT
+            )
+        text = functools.partial(description.text_of, spec, self._standing, links)
         said = text(description.OWN_LIMIT)
         if said == self.note:
             return
