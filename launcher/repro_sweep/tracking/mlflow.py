@@ -240,7 +240,7 @@ class MlflowTracker(Tracker):
         if changes or report != self._report_seen:
             self._add(SWEEP, self._quiet(SWEEP))
         elif self._behind:
-            self._add(SWEEP, self._board_due)
+            self._add(SWEEP, max(self._board_due, self._quiet(SWEEP)))
         for number, seq in self._ledger.report_heads(after=self._seq).items():
             self._seq = max(self._seq, seq)
             self._add(number, self._quiet(number))
@@ -360,8 +360,8 @@ class MlflowTracker(Tracker):
         return TrialUpload(self._store, self._place, work, row, doubt=doubt)
 
     def _standing(self, *, closing: bool) -> Standing | None:
-        """How the sweep is, for its description; None where that would take too much of a CPU so soon."""
-        self._behind = not closing and self._clock() < self._board_due
+        """How the sweep is, for its description; None where trials wait, or where it would take too much of a CPU."""
+        self._behind = not closing and (self._place is None or self._clock() < self._board_due)
         if self._behind:
             return None
         began = time.thread_time()

@@ -283,6 +283,7 @@ class SweepUpload(Upload):
         self._store = store
         self._spec = spec
         self._standing = standing
+        self._first = place is None
         self.note = note
         self._counts = counts
         self._suspects = suspects
@@ -316,7 +317,8 @@ class SweepUpload(Upload):
     def put_files(self) -> None:
         """See :meth:`Upload.put_files`."""
         self._put_bundle()
-        self._put_report()
+        if self.closing or not self._first:  # it is large, and trials wait for the first one
+            self._put_report()
 
     def _put_report(self) -> None:
         file = Path(self._spec.directory) / REPORT
@@ -364,13 +366,8 @@ class SweepUpload(Upload):
         if self._standing is None:
             return
         spec = self._spec
-        links = {
-            "Its trials, best first": children_page(place.experiment, run_id, spec.metric, spec.direction)
-        }
-        if self.report:
-            links["Leaderboard, importances, learning curves"] = artifact_page(
-                place.experiment, run_id, REPORT
-            )
+        links = {"Report": artifact_page(place.experiment, run_id, REPORT)} if self.report else {}
+        links["Trials"] = children_page(place.experiment, run_id, spec.metric, spec.direction)
         text = functools.partial(description.text_of, spec, self._standing, links)
         said = text(description.OWN_LIMIT)
         if said == self.note:
