@@ -168,14 +168,25 @@ def test_a_report_says_what_is_sought_how_far_it_is_and_what_is_best(ledger: Led
     put(ledger, 80, {"optimizer": "SGD", "lr": 1e-9}, state=None)
     put(ledger, 81, {"optimizer": "SGD", "lr": 1e-8}, state=TrialState.WAITING)
     page = page_of(ledger)
-    assert page.headings[:3] == ["grid", "Best point", "The best 10 of 42 points"]
+    assert page.headings[:3] == ["grid", "Best point", "Leaderboard"]
     assert "Maximize accuracy. Sampler: grid." in page.text
     assert "82 trials of 42 points: 1 waiting, 1 running, 64 complete, 8 pruned, 8 fail." in page.text
     assert "accuracy 0.8905 ± 0.0007, trials 78, 79; trial 79 is the best of them" in page.text
     assert "optimizer=Adam\nlr=1e-05\nbeta1=0.939\nseed=1" in page.text
-    assert page.cells[:7] == ["#", "accuracy", "trials", "optimizer", "lr", "momentum", "beta1"]
-    assert page.cells[7:14] == ["1", "0.8905 ± 0.0007", "78, 79", "Adam", "1e-05", "", "0.939"]
-    assert len(page.cells) == 7 * 11
+    rows = [page.cells[start : start + 9] for start in range(0, len(page.cells), 9)]
+    assert rows[0] == ["#", "accuracy", "n", "states", "trials", "optimizer", "lr", "momentum", "beta1"]
+    assert rows[1] == ["1", "0.8905 ± 0.0007", "2", "2 COMPLETE", "78, 79", "Adam", "1e-05", "", "0.939"]
+    assert ["-", "-", "0", "2 PRUNED (0.5299, 0.5309)", "6, 7", "Adam", "0.0001", "", "0.903"] in rows
+    assert len(rows) == 1 + 42
+
+
+def test_of_very_many_points_the_best_are_listed_and_the_others_counted(ledger: Ledger) -> None:
+    for number in range(57):
+        put(ledger, number, {"a": number}, {"accuracy": number})
+    page = page_of(ledger)
+    assert page.cells[6:12] == ["1", "56.0000", "1", "1 COMPLETE", "56", "56"]
+    assert len(page.cells) == 6 * 51
+    assert "7 more: repro-sweep rank grid" in page.text
 
 
 def test_the_same_ledger_gives_the_same_report_and_a_new_one_takes_its_place(ledger: Ledger) -> None:
@@ -438,10 +449,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_a_process_of_its_own_writes_the_report_and_says_nothing(ledger: Ledger) -> None:
+def test_a_process_of_its_own_writes_the_report_and_says_what_it_took(ledger: Ledger) -> None:
     fill(ledger, 12)
     done = run(str(ledger.path.parent))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 0.1 < float(done.stdout) < 60
     assert Page((ledger.path.parent / FILE_NAME).read_text()).figures == FIGURES
 
 

@@ -463,26 +463,28 @@ def stored(uri: str) -> Path:
     return Path(unquote(parent.info.artifact_uri.removeprefix("file://"))) / REPORT
 
 
-def test_a_report_becomes_an_artifact_of_the_sweep_when_it_ends_and_again_when_it_has_changed(
+def test_a_report_becomes_an_artifact_of_the_sweep_while_it_runs_and_again_when_it_has_changed(
     sweep: Path, uri: str
 ) -> None:
     ledger = make_ledger(sweep, uri)
     add_trial(ledger, 0)
     run_trial(ledger, 0, {"accuracy": 0.5})
-    (sweep / REPORT).write_text("too early")
+    (sweep / REPORT).write_text("so far")
     tracker = MlflowTracker(sweep)
     deadline = time.monotonic() + 30
     while tracker.progress.left:
         assert time.monotonic() < deadline
         time.sleep(tracker.sync() / 10)
     tracker.close()
-    assert not stored(uri).exists()  # it runs on
+    assert stored(uri).read_text() == "so far"
+    assert runs_of(uri, sweep=True)[0].info.status == "RUNNING"
     (sweep / REPORT).write_text("<h1>first</h1>")
     drain(sweep)
     assert stored(uri).read_text() == "<h1>first</h1>"
     stored(uri).write_text("as it was sent")
+    (sweep / REPORT).write_text("<h1>first</h1>")
     drain(sweep)
-    assert stored(uri).read_text() == "as it was sent"  # not sent again
+    assert stored(uri).read_text() == "as it was sent"  # not sent again, though it was written again
     (sweep / REPORT).write_text("<h1>second</h1>")
     drain(sweep)
     assert stored(uri).read_text() == "<h1>second</h1>"
@@ -1072,7 +1074,7 @@ def test_a_short_trial_costs_three_requests_besides_its_artifacts(sweep: Path, p
         path.split("?")[0].rpartition("/mlflow/")[2] for method, path in proxy.seen if method == "POST"
     )
     assert calls["runs/create"] == 4 + 1  # the sweep's own run is the fifth
-    assert calls["runs/log-batch"] == 4 + 2
+    assert calls["runs/log-batch"] == 4 + 3  # the sweep's tags, twice, and its description
     assert calls["runs/update"] == 4 + 1
     assert set(calls) == {"runs/create", "runs/log-batch", "runs/update", "runs/search", "experiments/create"}
     assert calls["runs/search"] == 2  # for the sweep's own run, at the beginning and the end

@@ -94,7 +94,7 @@ def begin(
 def definition_of(spec: SweepSpec) -> dict[str, Any]:
     """All that decides which points a search suggests, given the same results."""
     assert spec.search is not None
-    search = spec.search.model_dump(mode="json", exclude={"budget", "report"})
+    search = spec.search.model_dump(mode="json", exclude={"budget"})
     objectives = [each.model_dump(mode="json") for each in spec.all_objectives]
     return {"search": search, "objectives": objectives, "task": spec.task.name}
 

@@ -340,6 +340,7 @@ def specify(
             max_mb=_positive(options.source.max_mb, "sweep.source.max_mb"),
         ),
         not_secret=tuple(options.not_secret),
+        report=options.report,
         determinism=determinism,
         data=_data(options.data, cwd, directory.parent / STORE_NAME),
         objectives=objectives if len(objectives) > 1 else (),
@@ -535,7 +536,6 @@ def _search(
             _constraint(text, f"sweep.constraints[{i}]") for i, text in enumerate(options.constraints)
         ),
         custom_search_space=options.custom_search_space,
-        report=options.report,
     )
 
 

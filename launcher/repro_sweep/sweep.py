@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from getpass import getuser
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from repro_sweep import host
 from repro_sweep.states import Direction, FailureKind
@@ -197,7 +197,6 @@ class SearchSpec(Record):
 
     ``seed`` is never missing: one that was not given was drawn at submission. ``enqueue`` are points to try first, by
     key. ``custom_search_space`` is the dotted name of a function ``(config, optuna.trial.Trial)`` that adds parameters.
-    ``report``: draw one when it is over.
     """
 
     sampler: Chosen
@@ -209,7 +208,6 @@ class SearchSpec(Record):
     repeats_pruner: Chosen | None = None
     constraints: tuple[Constraint, ...] = ()
     custom_search_space: str | None = None
-    report: bool = True
 
 
 class Origin(Record):
@@ -243,7 +241,8 @@ class SweepSpec(Record):
     trials on machines that do not see ``directory``. ``source`` is what trials run from, frozen by ``source_rules``
     when the sweep was submitted. ``determinism``: how randomness in trials is seeded.
     ``data``: what trials read, by name, with its fingerprint. ``reproduces``: the MLflow runs that its trials repeat.
-    ``not_secret``: keys whose names look like those of secrets, and which are none.
+    ``not_secret``: keys whose names look like those of secrets, and which are none. ``report``: draw a page about the
+    sweep, now and then while it runs and when it is over.
     """
 
     sweep_id: str
@@ -277,6 +276,17 @@ class SweepSpec(Record):
     data: dict[str, Data] = {}
     reproduces: dict[int, str] = {}
     not_secret: tuple[str, ...] = ()
+    report: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, values: Any) -> Any:
+        """Only searches had a report, and their ``search`` said whether."""
+        search = values.get("search") if isinstance(values, dict) else None
+        if not isinstance(search, dict) or "report" not in search:
+            return values
+        rest = {key: value for key, value in search.items() if key != "report"}
+        return {"report": search["report"]} | values | {"search": rest}
 
     @property
     def ranked_by(self) -> str:

@@ -19,6 +19,7 @@ COMMANDS = {
     "sync": "bring MLflow up to date with a sweep that is not running",
     "replay": "check that a search's record leads to the same suggestions again",
     "rank": "the ranking of a sweep, from MLflow",
+    "ui": "look at a sweep in MLflow, whose server is started where there is none",
     "reproduce": "run a trial again from what MLflow has of it, and say whether it came out the same",
     "export": "a trial as a folder that is complete in itself",
     "diff": "two trials side by side: config, code, environment, data and metrics",

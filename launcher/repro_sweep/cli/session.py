@@ -14,7 +14,7 @@ from repro_sweep.asking import AskingProcess
 from repro_sweep.cli.display import Display
 from repro_sweep.cli.finding import reference
 from repro_sweep.cli.main import INTERRUPTED, say
-from repro_sweep.cli.reporting import write_report
+from repro_sweep.cli.reporting import Drawn, refreshing, write_report
 from repro_sweep.cli.reusing import reusing
 from repro_sweep.cli.summary import summarise
 from repro_sweep.cli.uploading import upload
@@ -172,7 +172,7 @@ class _Session:
         if self._spec.search is not None or self._spec.pruner is not None:
             self._asker = AskingProcess(Path(self._spec.directory))
         self._coordinator = _Coordinator(self._spec, ledger, self._tracker, lease, self._asker)
-        self._reporting: asyncio.Task[str | None] | None = None
+        self._reporting: asyncio.Task[Drawn] | None = None
         self._uploading: asyncio.Task[int] | None = None
         self._reusing: asyncio.Task[None] | None = None
 
@@ -190,7 +190,10 @@ class _Session:
                 bundling = asyncio.create_task(self._bundle())
                 if executors.ships_source(self._spec):
                     await bundling
-                async with reusing(self._spec, self._coordinator, self._tracker) as self._reusing:
+                async with (
+                    refreshing(self._ledger),
+                    reusing(self._spec, self._coordinator, self._tracker) as self._reusing,
+                ):
                     await self._coordinator.run(executors.create(self._spec, server.path))
                 await bundling
                 if not self._left:
@@ -225,19 +228,12 @@ class _Session:
             self._coordinator.warn(f"the source is not in MLflow: {trouble}{without}")
 
     async def _report(self) -> None:
-        """Draw a search's report, which MLflow gets too, unless the user is in a hurry."""
-        search = self._spec.search
-        if (
-            search is None
-            or not search.report
-            or self._interrupts
-            or self._stopped
-            or self._coordinator.stopped
-        ):
+        """Draw the sweep's last report, which MLflow gets too, unless the user is in a hurry."""
+        if not self._spec.report or self._interrupts or self._stopped or self._coordinator.stopped:
             return
         self._reporting = asyncio.create_task(write_report(Path(self._spec.directory)))
         try:
-            problem = await self._reporting
+            problem = (await self._reporting).problem
         except asyncio.CancelledError:
             problem = "interrupted"
         finally:

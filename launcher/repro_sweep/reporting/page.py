@@ -20,9 +20,9 @@ from repro_sweep.standings import (
     incomplete,
     mean_and_std,
 )
-from repro_sweep.states import Direction
+from repro_sweep.states import Direction, TrialState
 
-_SHOWN = 10
+_SHOWN = 50
 _TRIALS = 8
 _CELL = 80
 _HEIGHT_PX = 440
@@ -128,35 +128,40 @@ def _point(findings: Findings, row: Row, index: int) -> list[str]:
 
 
 def _table(findings: Findings) -> list[str]:
-    """The best ten points; a point that has no rank has none yet, or never will."""
+    """The leaderboard: the best points; one that has no rank has none yet, or never will."""
     rows = findings.rows[:_SHOWN]
     if not rows:
         return []
     metrics = [each.metric for each in findings.spec.all_objectives]
     params = columns(findings.rows)
     remarks = [_remark(row) for row in rows]
-    head = ["#", *metrics, "trials", *(["remarks"] if any(remarks) else []), *params]
+    head = ["#", *metrics, "n", "states", "trials", *(["remarks"] if any(remarks) else []), *params]
     lines = [f"<tr>{''.join(f'<th>{escape(each)}</th>' for each in head)}</tr>"]
     for row, remark in zip(rows, remarks, strict=True):
         cells = ["-" if row.rank is None else str(row.rank)]
         cells += map(mean_and_std, row.means, row.stds)
-        cells += [_numbers(row.trials), *([remark] if any(remarks) else [])]
+        cells += [str(row.n), _states(row), _numbers(row.trials), *([remark] if any(remarks) else [])]
         cells += [_value(row.params[name]) if name in row.params else "" for name in params]
         lines.append(f"<tr>{''.join(map(_cell, cells))}</tr>")
-    title = f"The best {_SHOWN} of {len(findings.rows)} points" if len(findings.rows) > _SHOWN else "Points"
-    note = ["<p class='note'>Values are means over a point's repeats ± their standard deviation.</p>"]
+    more = len(findings.rows) - len(rows)
+    notes = [f"{more:,} more: repro-sweep rank {findings.spec.name}"] if more else []
+    if findings.spec.repeats:
+        notes.append("Values are means over a point's n complete repeats ± their standard deviation.")
     return [
-        f'<h2>{title}</h2>\n<div class="wide"><table>',
+        '<h2>Leaderboard</h2>\n<div class="wide"><table>',
         *lines,
         "</table></div>",
-        *(note if findings.spec.repeats else []),
+        *(f'<p class="note">{escape(note)}</p>' for note in notes),
     ]
 
 
 def _remark(row: Row) -> str:
-    parts = [f"infeasible: {', '.join(row.infeasible)}" if row.infeasible else ""]
-    parts.append(incomplete(row) if row.n < len(row.trials) else "")
-    return "; ".join(filter(None, parts))
+    return f"infeasible: {', '.join(row.infeasible)}" if row.infeasible else ""
+
+
+def _states(row: Row) -> str:
+    complete = row.states[TrialState.COMPLETE]
+    return ", ".join(filter(None, [f"{complete} COMPLETE" if complete else "", incomplete(row)]))
 
 
 def _value(value: object) -> str:

@@ -21,9 +21,19 @@ from repro_sweep.records import Reused
 from repro_sweep.states import TrialState
 from repro_sweep.tracking import elsewhere
 from repro_sweep.tracking.base import Answer, AnswerElsewhere, Progress, RunRef, Tracker
+from repro_sweep.tracking.description import Board, Standing
 from repro_sweep.tracking.sent import SWEEP, Sent, SentLog
 from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, one_line
-from repro_sweep.tracking.upload import Place, SweepUpload, TrialUpload, Upload, load_work, perform
+from repro_sweep.tracking.upload import (
+    REPORT,
+    Place,
+    SweepUpload,
+    TrialUpload,
+    Upload,
+    load_work,
+    perform,
+    stamp_of,
+)
 from repro_sweep.tracking.uri import check_writable, resolve_uri
 
 __all__ = ["MlflowTracker", "check_writable", "resolve_uri"]
@@ -32,6 +42,8 @@ POLL_S = 0.5
 REPORTS_S = 2.0
 """A running trial's reports are sent at most this often."""
 _COUNTS_S = 5.0
+_BOARD_SHARE = 0.02
+"""The part of one CPU that ranking a sweep for its description may take while it runs."""
 _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 _LAST_TRIES = 3
@@ -110,6 +122,12 @@ class MlflowTracker(Tracker):
         self._finishing = False
         self._closed = False
         self._replaced = False
+        self._board = Board(self._ledger)
+        self._board_due = 0.0
+        self._behind = False
+        self._note = ""
+        self._report = Path(self._spec.directory) / REPORT
+        self._report_seen = stamp_of(self._report)
         self._elsewhere: list[tuple[Future[dict[str, Reused]], AnswerElsewhere]] = []
         self._threads = ThreadPoolExecutor(self._store.parallel, thread_name_prefix="tracking")
         self._urgent = ThreadPoolExecutor(1, thread_name_prefix="tracking-urgent")
@@ -218,8 +236,11 @@ class MlflowTracker(Tracker):
             self._change = change
             if self._wanted(state, started=started):
                 self._add(number, self._clock())
-        if changes:
+        report, self._report_seen = self._report_seen, stamp_of(self._report)
+        if changes or report != self._report_seen:
             self._add(SWEEP, self._quiet(SWEEP))
+        elif self._behind:
+            self._add(SWEEP, max(self._board_due, self._quiet(SWEEP)))
         for number, seq in self._ledger.report_heads(after=self._seq).items():
             self._seq = max(self._seq, seq)
             self._add(number, self._quiet(number))
@@ -327,6 +348,8 @@ class MlflowTracker(Tracker):
                 cleared=self._cleared,
                 report=self._log.meta("report") or "",
                 bundle=self._log.meta("bundle") or "",
+                standing=self._standing(closing=closing),
+                note=self._note,
             )
         assert self._place is not None
         work = load_work(self._ledger, self._spec, row)
@@ -335,6 +358,16 @@ class MlflowTracker(Tracker):
         else:
             self._quiet_until.pop(row.trial, None)
         return TrialUpload(self._store, self._place, work, row, doubt=doubt)
+
+    def _standing(self, *, closing: bool) -> Standing | None:
+        """How the sweep is, for its description; None where trials wait, or where it would take too much of a CPU."""
+        self._behind = not closing and (self._place is None or self._clock() < self._board_due)
+        if self._behind:
+            return None
+        began = time.thread_time()
+        standing = self._board.look()
+        self._board_due = self._clock() + (time.thread_time() - began) / _BOARD_SHARE
+        return standing
 
     # --- results --------------------------------------------------------------------------------------------
 
@@ -360,6 +393,7 @@ class MlflowTracker(Tracker):
         if isinstance(upload, SweepUpload):
             self._place = upload.place
             self._closed = upload.closing
+            self._note = upload.note
             if upload.report != (self._log.meta("report") or ""):
                 self._log.set_meta(report=upload.report)
             if upload.bundle != (self._log.meta("bundle") or ""):
@@ -406,6 +440,7 @@ class MlflowTracker(Tracker):
             self._forget_other_server()
             self._search_always()
             self._place = None
+            self._note = ""
             self._start_over()
         sent.run_id = sent.artifact_uri = sent.final = None
         sent.change, sent.seq, sent.basics = -1, 0, False

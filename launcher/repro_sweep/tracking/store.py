@@ -255,6 +255,11 @@ class Store:
         with self._asking():
             return dict(self._store().get_run(run_id).data.params)
 
+    def tags(self, run_id: str) -> dict[str, str]:
+        """The tags that a run has."""
+        with self._asking():
+            return dict(self._store().get_run(run_id).data.tags)
+
     def log(
         self,
         run_id: str,

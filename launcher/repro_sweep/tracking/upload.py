@@ -7,6 +7,7 @@ Runs in the tracker's threads and touches neither the ledger nor ``tracking.db``
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import time
@@ -22,8 +23,10 @@ from repro_sweep.ledger import Ledger
 from repro_sweep.records import Attempt, Trial
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.tracking import encoding
+from repro_sweep.tracking import description, encoding
+from repro_sweep.tracking.description import Standing
 from repro_sweep.tracking.encoding import Curve, Point
+from repro_sweep.tracking.pages import artifact_page, children_page
 from repro_sweep.tracking.sent import Sent
 from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, artifact_name
 
@@ -255,8 +258,9 @@ class SweepUpload(Upload):
 
     ``suspects`` are trials whose run may exist twice: number, identity and right run; when the sweep is closed the
     others are deleted, and the trial's number is added to ``cleared``. ``found``: a run of this sweep was there that
-    ``sent`` knows nothing of. ``report`` is the fingerprint of the report that is there, empty where there is none; a
-    newer one is sent when the sweep is closed. ``bundle`` is the same for what was submitted (``provenance.bundle``),
+    ``sent`` knows nothing of. ``report`` is the fingerprint of the report that is there, empty where there is none.
+    ``standing`` is what the run's description is to say, None where that can wait, and ``note`` what it said when it
+    was written last. ``bundle`` is the same for what was submitted (``provenance.bundle``),
     which is sent as soon as it is there.
     """
 
@@ -273,9 +277,14 @@ class SweepUpload(Upload):
         cleared: set[int],
         report: str = "",
         bundle: str = "",
+        standing: Standing | None = None,
+        note: str = "",
     ) -> None:
         self._store = store
         self._spec = spec
+        self._standing = standing
+        self._first = place is None
+        self.note = note
         self._counts = counts
         self._suspects = suspects
         self._cleared = cleared
@@ -308,14 +317,19 @@ class SweepUpload(Upload):
     def put_files(self) -> None:
         """See :meth:`Upload.put_files`."""
         self._put_bundle()
+        if self.closing or not self._first:  # it is large, and trials wait for the first one
+            self._put_report()
+
+    def _put_report(self) -> None:
         file = Path(self._spec.directory) / REPORT
-        if not (self.closing and file.is_file()):
+        stamp = stamp_of(file)
+        if not stamp or self.report.startswith(f"{stamp} "):
             return
         assert self.sent.artifact_uri is not None
-        fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
-        if fingerprint != self.report:
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        if not self.report.endswith(content):
             self._store.put_file(self.sent.artifact_uri, REPORT, file)
-            self.report = fingerprint
+        self.report = f"{stamp} {content}"
 
     def _put_bundle(self) -> None:
         folder = Path(self._spec.directory) / BUNDLE
@@ -335,6 +349,7 @@ class SweepUpload(Upload):
         """See :meth:`Upload.conclude`."""
         assert self.sent.run_id is not None
         assert self.place is not None
+        self._describe(self.place, self.sent.run_id)
         status = encoding.sweep_status(self._counts, closing=self.closing)
         if self.sent.final != status:
             ended_ms = encoding.milliseconds(time.time()) if self.closing else None
@@ -345,6 +360,22 @@ class SweepUpload(Upload):
             for number, identity, run_id in self._suspects:
                 self._delete_others(_trial_search(self._spec, identity), run_id)
                 self._cleared.add(number)
+
+    def _describe(self, place: Place, run_id: str) -> None:
+        """Renew our part of the run's description, unless a user has changed it or taken it away."""
+        if self._standing is None:
+            return
+        spec = self._spec
+        links = {"Report": artifact_page(place.experiment, run_id, REPORT)} if self.report else {}
+        links["Trials"] = children_page(place.experiment, run_id, spec.metric, spec.direction)
+        text = functools.partial(description.text_of, spec, self._standing, links)
+        said = text(description.OWN_LIMIT)
+        if said == self.note:
+            return
+        note = description.renewed(self._store.tags(run_id).get(description.TAG), text)
+        if note is not None:
+            self._store.log(run_id, tags={description.TAG: note})
+        self.note = said
 
     @property
     def _search(self) -> dict[str, str]:
@@ -400,6 +431,15 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
                 path = file.relative_to(root).as_posix()
                 reserved = path == LOG_NAME or path.startswith(f"{encoding.FOLDER}/")
                 yield (f"{_ARTIFACTS}/{path}" if reserved else path), file
+
+
+def stamp_of(file: Path) -> str:
+    """What is another one when a file was written anew; empty where there is none."""
+    try:
+        about = file.stat()
+    except OSError:
+        return ""
+    return f"{about.st_mtime_ns}-{about.st_size}"
 
 
 def _read(file: Path) -> str:
