@@ -28,10 +28,12 @@ from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Progress
 from repro_sweep.records import Attempt, NewReport, NextAttempt, Outcome, Reused, Trial, now
+from repro_sweep.redaction import redacted
 from repro_sweep.searching import Searching
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.tally import Tally
+from repro_sweep.tracking.base import Trouble
 from repro_sweep.tracking.process import TrackerProcess
 from repro_sweep.verdicts import Verdicts
 from repro_sweep.waiters import Waiters
@@ -183,10 +185,18 @@ class Coordinator:
             waiting=len(self._handout),
             draining=self._draining,
             not_tracked=self._tracker.progress.left if self._tracker is not None else 0,
+            denied=self._denied,
             paused=self._paused,
             searching=self._is_searching,
             to_ask=self._to_ask(None),
         )
+
+    @property
+    def _denied(self) -> str | None:
+        tracking = None if self._tracker is None else self._tracker.progress
+        if tracking is None or tracking.trouble is not Trouble.DENIED:
+            return None
+        return f"MLflow at {redacted(self.spec.tracking.uri)}: {tracking.error}"
 
     async def status(self, _message: protocol.StatusRequest) -> Progress:
         """The same for another process."""

@@ -26,7 +26,7 @@ from repro_sweep.provenance.record import TrialRecord
 from repro_sweep.records import NewTrial
 from repro_sweep.results import Trial, histories, is_whole
 from repro_sweep.states import FailureKind, TrialState, Verdict
-from repro_sweep.sweep import Origin, Source, SweepSpec
+from repro_sweep.sweep import Origin, Source, SweepSpec, Tracking
 
 _SOURCE = "source"
 _OURSELVES = "repro-sweep"
@@ -101,7 +101,7 @@ def rebuild(
     directory: Path,
     executor: tuple[str, dict[str, object]] | None,
     *,
-    uri: str,
+    tracking: Tracking,
     command: str,
     anyway: bool,
 ) -> Repetition:
@@ -111,7 +111,7 @@ def rebuild(
         originals: of one of the :func:`groups`.
         directory: the new sweep's; it does not exist, or is empty.
         executor: name and options of where to run; None: as many slots here as fit.
-        uri: the MLflow store.
+        tracking: where the new runs go.
         command: the command line, for the record.
         anyway: take files that were not frozen from where they lay, if they still do.
 
@@ -141,7 +141,7 @@ def rebuild(
         "sweep_id": uuid.uuid4().hex, "name": directory.name, "directory": str(directory),
         "source": Source(snapshot=found.id, folder=str(folder), roots=roots), "resources": record.resources,
         "determinism": record.determinism, "data": source.data_in(data_then, old.source.roots, folder),
-        "tracking": old.tracking.model_copy(update={"uri": uri}), "executor_name": name, "executor": dict(options),
+        "tracking": tracking, "executor_name": name, "executor": dict(options),
         "origin": Origin.here(command, git_commit=record.commit, git_dirty=record.dirty), "created_at": time.time(),
         "reuse": False, "search": None, "pruner": None, "sampler": "grid", "detach": False, "max_failures": None,
         "reproduces": {each.trial.number: each.trial.run_id for each in originals},

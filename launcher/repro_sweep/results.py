@@ -27,7 +27,7 @@ from repro_sweep.redaction import redacted
 from repro_sweep.states import Direction, FailureKind, TrialState, Verdict
 from repro_sweep.sweep import Constraint, Objective
 from repro_sweep.tracking.encoding import CONFIG_ARTIFACT, PREFIX, RECORD_ARTIFACT, restored, safe_key
-from repro_sweep.tracking.store import one_line
+from repro_sweep.tracking.store import denial, one_line
 from repro_sweep.tracking.uri import (
     EMBEDDED,
     ENVIRONMENT,
@@ -540,7 +540,7 @@ def _reading(uri: str) -> Iterator[None]:
     try:
         yield
     except mlflow.exceptions.MlflowException as error:
-        raise TrackingError(f"{redacted(uri)}: {one_line(error)}") from error
+        raise TrackingError(f"{redacted(uri)}: {denial(error, uri, 'do this') or one_line(error)}") from error
     finally:
         if not patient:
             os.environ.pop(_RETRIES, None)

@@ -56,9 +56,10 @@ class Display:
             progress = self._progress()
             now = time.monotonic()
             tracking = None if _unfinished(progress) else progress.not_tracked
-            state = (dict(progress.counts), tracking, progress.paused)
+            state = (dict(progress.counts), tracking, progress.paused, progress.denied)
             if now >= due and state != shown:
-                print(f"repro-sweep: {line(progress)}", file=sys.stderr, flush=True)
+                for text in filter(None, (line(progress), denied(progress))):
+                    print(f"repro-sweep: {text}", file=sys.stderr, flush=True)
                 shown, due = state, now + _LINE_EVERY_S
             await asyncio.sleep(_REFRESH_S)
 
@@ -91,6 +92,13 @@ def line(progress: Progress) -> str:
     return ", ".join(parts)
 
 
+def denied(progress: Progress) -> str | None:
+    """What else there is to say while MLflow lets nothing in."""
+    if progress.denied is None:
+        return None
+    return f"{progress.denied}: {runs(progress.not_tracked)} wait, and their results are safe"
+
+
 def _done_of(done: int, progress: Progress) -> str:
     """Of how many, where that is known: a search without a number of trials in its budget has no end to show."""
     if progress.searching and progress.planned is None:
@@ -108,6 +116,9 @@ def table(progress: Progress) -> Table:
     grid.add_column(width=24)
     grid.add_column(no_wrap=True, overflow="ellipsis")
     grid.add_row(ProgressBar(total=max(total, 1), completed=finished, width=24), line(progress))
+    trouble = denied(progress)
+    if trouble is not None:
+        grid.add_row("", trouble)
     return grid
 
 

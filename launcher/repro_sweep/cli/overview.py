@@ -89,7 +89,8 @@ class Overview:
 
     ``counts`` leaves out the trials in ``cancelled`` and ``withdrawn``. ``retries`` has the kinds of failure after
     which a trial is tried again, and how often (None: as often as it needs). ``results_on_disk`` wait for a
-    coordinator. ``not_in_mlflow`` counts runs, None where that cannot be told now. ``busy`` is a share from 0 to 1.
+    coordinator. ``not_in_mlflow`` counts runs, None where that cannot be told now; ``mlflow_denies`` says that the
+    server lets none in, and why. ``busy`` is a share from 0 to 1.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Overview:
     results_on_disk: int
     mlflow: str
     not_in_mlflow: int | None
+    mlflow_denies: str | None = None
 
 
 def look(directory: Path) -> Overview:
@@ -169,6 +171,7 @@ def _look(ledger: Ledger, directory: Path) -> Overview:
         results_on_disk=len(kept),
         mlflow=spec.tracking.uri,
         not_in_mlflow=lacking(ledger) if progress is None else progress.not_tracked,
+        mlflow_denies=None if progress is None else progress.denied,
     )
 
 

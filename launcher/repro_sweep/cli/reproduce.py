@@ -60,6 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         " changed",
     )
     parser.add_argument("--directory", type=Path, help=f"where to work (default: a new folder in {_FOLDER}/)")
+    parser.add_argument(
+        "--experiment", help="the MLflow experiment that the new runs go to (default: that of the original)"
+    )
     parser.add_argument("--format", choices=["text", "json"], default="text")
     parser.add_argument(
         "--uri", help="the MLflow tracking URI (default: MLFLOW_TRACKING_URI, else mlflow.db here)"
@@ -117,11 +120,27 @@ def _results(
             whole.append(each)
         else:
             yield lacking
+    _check_access(whole, uri, args.experiment)
     groups = reproducing.groups(whole)
     directory = _new_directory(args.directory, found[0])
     for number, group in enumerate(groups):
         place = directory if len(groups) == 1 else directory / f"{directory.name}-{number}"
         yield from _repeat(group, place, args, uri, executor)
+
+
+def _check_access(found: Sequence[Original], uri: str, experiment: str | None) -> None:
+    """See that the new runs may be written, before anything is built or run for them.
+
+    Raises:
+        TrackingError: they may not.
+    """
+    from repro_sweep.cli.uploading import check_access
+    from repro_sweep.sweep import Tracking
+
+    named = {each.spec.tracking.experiment for each in found if each.spec is not None}
+    for name in sorted({experiment} if found and experiment is not None else named):
+        where = Tracking(uri=uri, experiment=name)
+        check_access(where, remedy="--experiment names another one for the new runs")
 
 
 def _repeat(
@@ -151,7 +170,12 @@ def _repeat(
         return
     command = shlex.join(["repro-sweep", *sys.argv[1:]])
     try:
-        made = reproducing.rebuild(group, directory, executor, uri=uri, command=command, anyway=args.anyway)
+        tracking = old.tracking.model_copy(
+            update={"uri": uri, "experiment": args.experiment or old.tracking.experiment}
+        )
+        made = reproducing.rebuild(
+            group, directory, executor, tracking=tracking, command=command, anyway=args.anyway
+        )
     except SweepError as error:
         reproducing.discard(directory)
         for each in group:
@@ -227,6 +251,7 @@ def _elsewhere(group: Sequence[Original], args: Namespace, uri: str, directory: 
         str(python), "-P", "-m", "repro_sweep.cli.main", "reproduce", *(each.trial.run_id for each in group),
         *(word for word in args.what if "=" in word), "--uri", uri, "--rtol", str(args.rtol), "--format", "json",
         "--directory", str(directory / directory.name), *["--anyway"] * args.anyway,
+        *(["--experiment", args.experiment] if args.experiment is not None else []),
     ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     try:

@@ -85,6 +85,7 @@ def _check(ledger: Ledger, named: Sequence[int]) -> None:
 def _run(directory: Path, named: Sequence[int], *, here: bool) -> int:
     from repro_sweep.cli import session, summary
     from repro_sweep.cli.finding import failed
+    from repro_sweep.cli.uploading import check_access
     from repro_sweep.ledger import Ledger
 
     ledger = Ledger.open(directory)
@@ -95,6 +96,11 @@ def _run(directory: Path, named: Sequence[int], *, here: bool) -> int:
         say(f"resumed: {summary.tally(ledger)}")
 
     spec = ledger.spec
+    try:
+        check_access(spec.tracking, remedy="until then nothing is lost")
+    except BaseException:
+        ledger.close()
+        raise
     if spec.detach and not here:
         return session.submit(ledger, spec.name, record)
     return session.run(ledger, spec.name, record)

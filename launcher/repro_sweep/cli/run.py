@@ -49,8 +49,11 @@ def run(submission: Submission) -> int:
     """
     # it needs uvicorn, for which what is refused, or only shown, need not wait
     from repro_sweep.cli import session, summary
+    from repro_sweep.cli.uploading import check_access
 
     spec = submission.spec
+    if os.environ.get(session.KEPT) != session.AGAIN:  # then its workers may run already
+        check_access(spec.tracking)
     directory = Path(spec.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -17,7 +17,7 @@ from repro_sweep.cli.main import INTERRUPTED, say
 from repro_sweep.cli.reporting import Drawn, refreshing, write_report
 from repro_sweep.cli.reusing import reusing
 from repro_sweep.cli.summary import summarise
-from repro_sweep.cli.uploading import upload
+from repro_sweep.cli.uploading import unsent, upload
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.errors import LeaseLostError, ReproSweepError, SweepError
 from repro_sweep.executors import base as executors
@@ -211,6 +211,7 @@ class _Session:
                 await self._coordinator.close()
         if self._left:
             return HANDED_OVER
+        left = unsent(Path(self._spec.directory), left)
         failed = self._summary and summarise(self._spec, self._coordinator.progress(), left, error)
         return INTERRUPTED if self._interrupts or self._coordinator.abandoned else int(failed)
 

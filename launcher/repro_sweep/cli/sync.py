@@ -23,12 +23,13 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         SweepError: there is no such sweep.
+        TrackingError: MLflow does not let this user write.
         LedgerError: its ledger cannot be read.
     """
     parser = Parser(
         prog="repro-sweep sync",
         description="Brings MLflow up to date with a sweep, from its ledger; nothing is run. It gives up when"
-        " it gets no further for a minute; given again later, it goes on.",
+        " it gets no further for a minute (15 minutes, where the server is only slow); given again later, it goes on.",
     )
     parser.add_argument("name", metavar="NAME", help="the sweep's name, or its directory")
     args = parser.parse_args(arguments)
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     from repro_sweep.cli import contact
     from repro_sweep.cli.display import runs
     from repro_sweep.cli.finding import check_place, find, reference
+    from repro_sweep.cli.uploading import check_access
     from repro_sweep.ledger import Ledger
 
     directory = find(args.name)
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
             say(f"{job.describe()} is to run sweep {name}, and does this itself")
             return 0
         check_place(directory, ledger)
+        check_access(spec.tracking, remedy="until then nothing is lost")
     finally:
         ledger.close()
     return _sync(directory, name, spec.tracking.uri)
@@ -62,6 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _sync(directory: Path, name: str, uri: str) -> int:
     from repro_sweep.cli.display import runs
+    from repro_sweep.cli.uploading import unsent
     from repro_sweep.tracking.process import LOG_NAME, TrackerProcess
 
     tracker = TrackerProcess(directory)
@@ -70,6 +74,7 @@ def _sync(directory: Path, name: str, uri: str) -> int:
         left = asyncio.run(_upload(tracker))
     except KeyboardInterrupt:
         interrupted, left = True, max(1, tracker.progress.left)
+    left = unsent(directory, left)
     if not left:
         say(f"MLflow has all of sweep {name} ({uri})")
         return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from repro_sweep.records import Reused
 
@@ -22,13 +23,24 @@ class RunRef:
     experiment_id: str
 
 
+class Trouble(StrEnum):
+    """Why a tracker gets no further."""
+
+    AWAY = "AWAY"
+    """The server cannot be reached, or is broken."""
+    BUSY = "BUSY"
+    """The server is there, and has too much to do to answer in time."""
+    DENIED = "DENIED"
+    """The server refuses the credentials, or their user lacks a permission."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How far a tracker is.
 
     ``left`` counts the trials (and the sweep itself) that have something not uploaded yet. ``error`` is one line
-    that says why nothing, or something, cannot be uploaded now. ``done`` is true when a finishing tracker has
-    uploaded all that the server takes, or another coordinator's tracker is to go on. ``moved`` counts the bytes of
+    that says why nothing, or something, cannot be uploaded now; ``trouble`` is set where nothing can. ``done`` is true
+    when a finishing tracker has uploaded all that the server takes, or another coordinator's tracker is to go on. ``moved`` counts the bytes of
     files and the points that went to the server: while it reaches new heights, a long upload is getting somewhere.
     """
 
@@ -36,6 +48,7 @@ class Progress:
     error: str | None = None
     done: bool = False
     moved: int = 0
+    trouble: Trouble | None = None
 
 
 Answer = Callable[[RunRef | str], None]

@@ -2,7 +2,8 @@
 
 Only schedules: what is uploaded is in :mod:`.upload`, how in :mod:`.store`. Uploads run in a few threads; the ledger
 and ``tracking.db`` are touched by the caller's thread alone. A failed upload is repeated with a growing pause, forever;
-while the server is down, one request at a time finds out whether it is back.
+while the server is down, one request at a time finds out whether it is back. The same while it denies the user
+access: nothing is given up, and credentials that were renewed meanwhile are tried at once.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from repro_sweep.errors import LedgerError
+from repro_sweep.errors import LedgerError, TrackingError
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import Reused
 from repro_sweep.states import TrialState
-from repro_sweep.tracking import elsewhere
-from repro_sweep.tracking.base import Answer, AnswerElsewhere, Progress, RunRef, Tracker
+from repro_sweep.tracking import credentials, elsewhere
+from repro_sweep.tracking.base import Answer, AnswerElsewhere, Progress, RunRef, Tracker, Trouble
 from repro_sweep.tracking.description import Board, Standing
 from repro_sweep.tracking.sent import SWEEP, Sent, SentLog
-from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, one_line
+from repro_sweep.tracking.store import Denied, Gone, Refused, Store, Unavailable, denial, one_line
 from repro_sweep.tracking.upload import (
     REPORT,
     Place,
@@ -119,6 +120,9 @@ class MlflowTracker(Tracker):
         self._cleared: set[int] = set()
         self._closed_until = 0.0
         self._error: str | None = None
+        self._trouble: Trouble | None = None
+        self._denied_with: str | None = None
+        self._guessed: set[int] = set()
         self._finishing = False
         self._closed = False
         self._replaced = False
@@ -176,6 +180,7 @@ class MlflowTracker(Tracker):
         self._start_over()
         for pending in self._pending.values():
             pending.failures = 0
+        self._try_now()
 
     @property
     def progress(self) -> Progress:
@@ -189,7 +194,10 @@ class MlflowTracker(Tracker):
             error = next(errors, None)
         over = self._finishing and not self._jobs and self._is_over()
         moved = self._store.moved + len(self._cleared)
-        return Progress(left=len(left), error=error, done=over or self._replaced, moved=moved)
+        trouble = self._trouble or (Trouble.BUSY if self._jobs and self._store.slow else None)
+        return Progress(
+            left=len(left), error=error, done=over or self._replaced, moved=moved, trouble=trouble
+        )
 
     def close(self) -> None:
         """See :meth:`Tracker.close`."""
@@ -264,7 +272,26 @@ class MlflowTracker(Tracker):
 
     # --- uploading ------------------------------------------------------------------------------------------
 
+    def _try_now(self) -> None:
+        """Let nothing wait that a server was away, or has denied."""
+        now = self._clock()
+        self._closed_until = now
+        for number, pending in self._pending.items():
+            if pending.due > now:
+                pending.due = now
+                heapq.heappush(self._queue, (now, number))
+
+    def _credentials(self) -> str | None:
+        try:
+            return credentials.find(self._store.uri).header
+        except TrackingError:  # just being written
+            return self._denied_with
+
     def _submit_due(self) -> None:
+        if self._trouble is Trouble.DENIED and not self._jobs and self._credentials() != self._denied_with:
+            self._denied_with = self._credentials()
+            _logger.info("the credentials were renewed")
+            self._try_now()
         now = self._clock()
         if self._outages and (now < self._closed_until or self._jobs):
             return
@@ -389,7 +416,8 @@ class MlflowTracker(Tracker):
     def _succeeded(self, number: int, upload: Upload) -> None:
         upload.sent.unsure = False
         self._outages = 0
-        self._error = None
+        self._error = self._trouble = None
+        self._guessed.discard(number)
         if isinstance(upload, SweepUpload):
             self._place = upload.place
             self._closed = upload.closing
@@ -409,15 +437,14 @@ class MlflowTracker(Tracker):
 
     def _failed(self, number: int, job: _Job, error: Exception) -> None:
         text = one_line(error)
+        if isinstance(error, Gone) and error.guessed and number in self._guessed:
+            error = Refused(text)  # it was there after all, or another one is denied as well
         if isinstance(error, Gone):
+            if error.guessed:
+                self._guessed.add(number)
             self._restore(job.upload.sent)
-        elif isinstance(error, Unavailable):
-            answered, self._store.answered = self._store.answered, False
-            self._outages = (
-                1 if answered else self._outages + 1
-            )  # a server that answers now and then is not away
-            self._closed_until = self._clock() + _pause(self._outages)
-            self._error = text
+        elif isinstance(error, (Unavailable, Denied)):
+            text = self._fails(error)
         elif not isinstance(error, Refused):
             _logger.error("uploading %s: a bug", _name(number), exc_info=error)
             text = f"{type(error).__name__}: {text}"
@@ -426,12 +453,29 @@ class MlflowTracker(Tracker):
         failures = 1 if len(self._cleared) > job.cleared else job.failures + 1
         due = self._clock() + _pause(failures)
         self._pending[number] = _Pending(
-            due, failures, text, refused=not isinstance(error, (Unavailable, Gone))
+            due, failures, text, refused=not isinstance(error, (Unavailable, Denied, Gone))
         )
         heapq.heappush(self._queue, (due, number))
         for trial in [number] if number != SWEEP else list(self._answers):
             for answer in self._answers.pop(trial, []):
                 answer(text)
+
+    def _fails(self, error: Unavailable | Denied) -> str:
+        """Nothing can be sent now; returns why."""
+        answered, self._store.answered = self._store.answered, False
+        self._outages = 1 if answered else self._outages + 1  # a server that answers now and then is not away
+        self._closed_until = self._clock() + _pause(self._outages)
+        before = self._trouble
+        if isinstance(error, Denied):
+            self._trouble, self._denied_with = Trouble.DENIED, self._credentials()
+            what = f"write into experiment {self._spec.tracking.experiment!r}"
+            self._error = denial(error, self._store.uri, what) or one_line(error)
+        else:
+            self._trouble = Trouble.BUSY if error.busy else Trouble.AWAY
+            self._error = one_line(error)
+        if self._trouble is not before:
+            _logger.warning("MLflow is %s: %s", self._trouble, self._error)
+        return self._error
 
     def _restore(self, sent: Sent) -> None:
         """The server has lost this run: everything of it is sent again (of the whole sweep, if it was the sweep's)."""
@@ -467,7 +511,7 @@ class MlflowTracker(Tracker):
             future, answer = each
             try:
                 answer(future.result())
-            except (CancelledError, Unavailable, Refused, Gone) as error:
+            except (CancelledError, Unavailable, Denied, Refused, Gone) as error:
                 answer(one_line(error))
             except Exception as error:
                 _logger.exception("looking for results of other sweeps: a bug")

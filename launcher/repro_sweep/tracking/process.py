@@ -6,7 +6,7 @@ MLflow is imported here and nowhere near a trial or the coordinator. The two sid
                              (end of file: stop soon)
     tracker -> coordinator   {"run": 3, "run_id": …, "uri": …, "experiment_id": …}    {"run": 3, "error": "one line"}
                              {"elsewhere": {identity: {…}, …}, "more": true}    {"elsewhere": {}, "error": "one line"}
-                             {"left": 12, "error": null, "moved": 34567}, about once a second
+                             {"left": 12, "error": null, "moved": 34567, "trouble": null}, about once a second
 
 Started by hand, ``python -m repro_sweep.tracking.process DIRECTORY [--epoch N]`` brings MLflow up to date until it is
 told to stop, or until the sweep has a coordinator with a larger epoch, whose own tracker goes on. What MLflow and its
@@ -38,7 +38,7 @@ from typing import IO, Any, cast
 from repro_sweep.childio import private_stdout
 from repro_sweep.errors import ReproSweepError, TrackingError
 from repro_sweep.records import Reused
-from repro_sweep.tracking.base import Answer, Progress, RunRef, Tracker
+from repro_sweep.tracking.base import Answer, Progress, RunRef, Tracker, Trouble
 from repro_sweep.tracking.child import Child
 
 LOG_NAME = "tracking.log"
@@ -211,7 +211,9 @@ class _Loop:
         now = time.monotonic()
         if at_once or now - self._told_at >= _TELL_S:
             self._told_at = now
-            self._say({"left": progress.left, "error": progress.error, "moved": progress.moved})
+            about = asdict(progress)
+            del about["done"]
+            self._say(about)
 
     def _say(self, message: dict[str, object]) -> None:
         self._out.write(json.dumps(message) + "\n")
@@ -369,10 +371,9 @@ class TrackerProcess:
     def _heard(self, message: dict[str, object]) -> None:
         self._spoke = True
         if "left" in message:
-            left, error, moved = message["left"], message["error"], message["moved"]
-            self._progress = Progress(
-                left=int(str(left)), error=None if error is None else str(error), moved=int(str(moved))
-            )
+            trouble = message["trouble"]
+            known = {**message, "trouble": None if trouble is None else Trouble(str(trouble))}
+            self._progress = Progress(**cast("dict[str, Any]", known))
             return
         if "elsewhere" in message:
             self._heard_elsewhere(message)

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,12 @@ from urllib.parse import unquote, urlsplit
 
 from repro_sweep.redaction import redacted
 from repro_sweep.sweep import Data
+from repro_sweep.tracking.credentials import account
 from repro_sweep.tracking.embedded import SharedTransactions
 from repro_sweep.tracking.encoding import Point, digest
 from repro_sweep.tracking.uri import ARTIFACTS, sqlite_path
 
+_SLOW_S = 5.0
 _METRICS_PER_BATCH = 1000
 _KEYS_PER_BATCH = 100
 _DIGEST = 36
@@ -40,18 +43,36 @@ _REFUSALS = frozenset(
         "INVALID_PARAMETER_VALUE",
         "INVALID_STATE",
         "MALFORMED_REQUEST",
-        "PERMISSION_DENIED",
         "RESOURCE_ALREADY_EXISTS",
-        "UNAUTHENTICATED",
         "ENDPOINT_NOT_FOUND",
     }
 )
-_REFUSING = frozenset({400, 401, 403, 405, 411, 413, 415, 422})
+_REFUSING = frozenset({400, 405, 411, 413, 415, 422})
 """HTTP's statuses of the same meaning."""
+_DENIALS = {"UNAUTHENTICATED": 401, "CUSTOMER_UNAUTHORIZED": 401, "PERMISSION_DENIED": 403}
+_BUSY = re.compile(r"time.?d? ?out|too many|\b(?:429|504)\b", re.IGNORECASE)
+"""What a server says, or is said of it, that is there and has too much to do."""
 
 
 class Unavailable(Exception):  # noqa: N818  (a condition, not a bug)
     """The store cannot be reached, is too slow, or broke down; the request may have been done or not."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether the store is there and has too much to do; else it is away, or broken."""
+        text = str(self)
+        return _BUSY.search(text) is not None and "connect timeout" not in text.lower()
+
+
+class Denied(Exception):  # noqa: N818
+    """The store does not know the credentials (``status`` 401), or does not let their user do this (403).
+
+    Both may change while a sweep runs: a token is renewed, a permission is granted. The message says whose they are.
+    """
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class Refused(Exception):  # noqa: N818
@@ -59,7 +80,11 @@ class Refused(Exception):  # noqa: N818
 
 
 class Gone(Exception):  # noqa: N818
-    """The run does not exist, or was deleted."""
+    """The run does not exist, or was deleted. ``guessed``: the store does not say so, but only denies it."""
+
+    def __init__(self, text: str, *, guessed: bool = False) -> None:
+        super().__init__(text)
+        self.guessed = guessed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +125,7 @@ def import_mlflow() -> None:
 class Store:
     """An MLflow tracking store. May be used by several threads.
 
-    Every method raises :class:`Unavailable`, :class:`Refused` or :class:`Gone`.
+    Every method raises :class:`Unavailable`, :class:`Denied`, :class:`Refused` or :class:`Gone`.
     """
 
     def __init__(self, uri: str) -> None:
@@ -114,14 +139,28 @@ class Store:
         self._moving_now: list[Path] = []
         self._stored: set[str] = set()
         self._counting = threading.Lock()
+        self._asked: dict[int, float] = {}
+        self._latest_s = 0.0
         self._transactions: SharedTransactions | None = None
         self._within = threading.local()
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
-        with _mapped():
-            yield
+        thread, began = threading.get_ident(), time.monotonic()
+        self._asked[thread] = began
+        try:
+            with _mapped():
+                yield
+        finally:
+            self._latest_s = time.monotonic() - began
+            self._asked.pop(thread, None)
         self.answered = True
+
+    @property
+    def slow(self) -> bool:
+        """Whether the store takes its time: with a request that is under way, or with the latest one."""
+        now = time.monotonic()
+        return max([self._latest_s, *(now - began for began in list(self._asked.values()))]) >= _SLOW_S
 
     @property
     def embedded(self) -> bool:
@@ -364,6 +403,23 @@ class Store:
             if file.exists():
                 raise Unavailable(one_line(error)) from error
 
+    def may_write(self, experiment: str) -> bool:
+        """Whether the credentials are good for new runs in an experiment; asks without making one."""
+        from mlflow.utils.rest_utils import http_request
+
+        client = self._client()
+        with _mapped():
+            body = {"experiment_id": experiment, "start_time": "none: only asks for permission"}
+            ask: Callable[..., Any] = http_request
+            answer = ask(
+                client._tracking_client.store.get_host_creds(),
+                "/api/2.0/mlflow/runs/create",
+                "POST",
+                json=body,
+                raise_on_status=False,
+            )
+            return bool(answer.status_code == 400)
+
     def _go_on(self) -> None:
         if self._stopping:
             raise Unavailable("the tracker is stopping")
@@ -471,7 +527,7 @@ def _pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _mapped() -> Iterator[None]:
-    """Map every failure of MLflow, and of what is below it, to the three that callers know."""
+    """Map every failure of MLflow, and of what is below it, to the four that callers know."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -485,6 +541,8 @@ def _mapped() -> Iterator[None]:
         status = getattr(
             getattr(error, "response", None), "status_code", None
         )  # requests' HTTPError is an OSError
+        if isinstance(status, int) and status in _DENIALS.values():
+            raise Denied(one_line(error), status) from error
         raise (Refused if status in _REFUSING else Unavailable)(one_line(error)) from error
     except SQLAlchemyError as error:
         raise Unavailable(one_line(error)) from error
@@ -497,7 +555,23 @@ def _meaning(error: Exception) -> Exception:
     text = one_line(error)
     if code == "RESOURCE_DOES_NOT_EXIST" or "must be in the 'active' state" in text:
         return Gone(text)
+    if code in _DENIALS:
+        return Denied(text, _DENIALS[code])
     return Refused(text) if code in _REFUSALS else Unavailable(text)
+
+
+def denial(error: BaseException, uri: str, what: str) -> str | None:
+    """What it means that a server denies something, in one line without its name; None for any other error.
+
+    ``what`` is what was to be done, as in ``write into experiment 'x'``.
+    """
+    status = getattr(error, "status", None) or _DENIALS.get(str(getattr(error, "error_code", "")))
+    if status == 401:
+        found = account(uri)
+        return (
+            f"it {'wants credentials' if 'nobody' in found else f'refuses the credentials of {found}'} (401)"
+        )
+    return f"it does not let {account(uri)} {what} (403)" if status == 403 else None
 
 
 def one_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from repro_sweep.tracking.description import Standing
 from repro_sweep.tracking.encoding import Curve, Point
 from repro_sweep.tracking.pages import artifact_page, children_page
 from repro_sweep.tracking.sent import Sent
-from repro_sweep.tracking.store import Gone, Refused, Store, Unavailable, artifact_name
+from repro_sweep.tracking.store import Denied, Gone, Refused, Store, Unavailable, artifact_name
 
 _REPORTS_AT_ONCE = 5000
 _ARTIFACTS = "artifacts"
@@ -100,10 +100,12 @@ def _curve(ledger: Ledger, number: int) -> Curve:
 class Upload(ABC):
     """Bringing one run up to date, in three steps: what is said about it, its files, and how it ended.
 
-    Every step raises :class:`Unavailable`, :class:`Refused` or :class:`Gone`; ``sent`` says how far it came.
+    Every step raises :class:`Unavailable`, :class:`Denied`, :class:`Refused` or :class:`Gone`; ``sent`` says how far
+    it came, ``place`` is where it writes.
     """
 
     sent: Sent
+    place: Place | None
 
     @abstractmethod
     def record(self) -> None:
@@ -131,8 +133,13 @@ def perform(store: Store, uploads: Sequence[Upload]) -> list[Exception | None]:
             with store.transaction() if together else contextlib.nullcontext():
                 for index, upload in enumerate(uploads):
                     if errors[index] is None:
-                        errors[index] = _attempt(getattr(upload, step))
-        except (Unavailable, Refused, Gone) as error:  # the transaction itself: nothing of this step was done
+                        errors[index] = _judged(store, upload, step, _attempt(getattr(upload, step)))
+        except (
+            Unavailable,
+            Denied,
+            Refused,
+            Gone,
+        ) as error:  # the transaction itself: nothing of this step was done
             for upload, old in zip(uploads, before, strict=True):
                 upload.sent.take(old)
             return [error] * len(uploads)
@@ -148,12 +155,24 @@ def _attempt(step: Callable[[], None]) -> Exception | None:
     return None
 
 
+def _judged(store: Store, upload: Upload, step: str, error: Exception | None) -> Exception | None:
+    """What an error means: a server with accounts says 403 of runs that are not there as well."""
+    if not isinstance(error, Denied) or error.status != 403 or upload.place is None:
+        return error
+    try:
+        if not store.may_write(upload.place.experiment):
+            return error
+    except (Unavailable, Denied, Refused, Gone):
+        return error
+    return Refused(str(error)) if step == "put_files" else Gone(str(error), guessed=True)
+
+
 class TrialUpload(Upload):
     """The run of one trial. ``doubt``: more than ``sent`` says may be there already."""
 
     def __init__(self, store: Store, place: Place, work: Work, sent: Sent, *, doubt: bool) -> None:
         self._store = store
-        self._place = place
+        self.place: Place = place
         self._work = work
         self._trial = work.trial
         self._doubt = doubt
@@ -174,7 +193,7 @@ class TrialUpload(Upload):
         if self._ends:
             tags |= encoding.provenance_tags(_read(self._folder / RECORD_NAME))
         if self._changed and not sent.basics:  # found on the server: its parent may be another one by now
-            tags |= encoding.fixed_tags(work.spec, trial, self._place.parent_run)
+            tags |= encoding.fixed_tags(work.spec, trial, self.place.parent_run)
             del tags["mlflow.runName"]
         # A param that the task itself has logged with another value stays as it is.
         _log(self._store, sent.run_id, points, params, tags)
@@ -228,15 +247,15 @@ class TrialUpload(Upload):
         if self._doubt:
             sent.suspect = True  # a lost request may still be on its way, or have been done twice
             search = _trial_search(work.spec, trial.identity)
-            found = self._store.find_runs(self._place.experiment, search)
+            found = self._store.find_runs(self.place.experiment, search)
             if found:
                 sent.run_id, sent.artifact_uri = found[0].run_id, found[0].artifact_uri
                 return False
         started = work.attempts[0].started_at if work.attempts else time.time()
         tags = encoding.state_tags(trial, work.attempts)
         tags = {key: value for key, value in tags.items() if value}
-        tags = encoding.fixed_tags(work.spec, trial, self._place.parent_run) | tags
-        experiment = self._place.experiment
+        tags = encoding.fixed_tags(work.spec, trial, self.place.parent_run) | tags
+        experiment = self.place.experiment
         try:
             run = self._store.create_run(experiment, tags, started_ms=encoding.milliseconds(started))
         except Gone as error:
