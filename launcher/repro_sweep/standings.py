@@ -245,8 +245,18 @@ def _mean_and_std(some: Iterable[float | None]) -> tuple[float | None, float | N
     if not all(map(math.isfinite, values)):
         mean = sum(values) / len(values)
         return mean, math.nan if len(values) > 1 else None
-    mean = statistics.mean(values)
-    return mean, statistics.stdev(values) if len(values) > 1 else None
+    try:
+        return _quickly(values)
+    except OverflowError:  # of sums of the largest numbers
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _quickly(values: Sequence[float]) -> tuple[float, float | None]:
+    """What ``statistics`` has to within the last digit, in a tenth of the time: there are thousands of points."""
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def _violation(constraint: Constraint, mean: float | None) -> tuple[float, str]:

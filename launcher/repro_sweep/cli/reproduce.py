@@ -286,13 +286,13 @@ def _new_directory(wanted: Path | None, first: Original) -> Path:
 def _record(result: Result, uri: str) -> None:
     """Note the verdict at the original's run; that nothing could be verified here takes no earlier verdict back."""
     from repro_sweep.errors import TrackingError
-    from repro_sweep.results import set_tags, tags_of
+    from repro_sweep.results import note_verdict, tags_of
 
     run_id = result.original.trial.run_id
     try:
         if result.verdict is Verdict.UNVERIFIABLE and tags_of(run_id, uri).get("reproduced"):
             return
-        set_tags(run_id, {"reproduced": result.verdict, "reproduced_by": result.run_id or ""}, uri)
+        note_verdict(result.original.trial, result.verdict, result.run_id)
     except TrackingError as error:
         say(f"the verdict cannot be noted in MLflow: {error}")
 

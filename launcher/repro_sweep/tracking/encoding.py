@@ -30,6 +30,8 @@ RECORD_ARTIFACT = "repro_sweep/trial.json"
 FOLDER = "repro_sweep"
 """Where the artifacts are that repro-sweep makes itself."""
 
+BY_START = "attributes.start_time ASC"
+
 KEY_LIMIT = 250
 PARAM_LIMIT = 6000
 TAG_LIMIT = 5000
@@ -253,6 +255,11 @@ def provenance_tags(record: str) -> dict[str, str]:
         )
     except (ValueError, KeyError, TypeError):  # of another version
         return {}
+
+
+def trials_of(parent_run: str) -> str:
+    """The condition by which the runs of a sweep's trials are found below the sweep's own run."""
+    return f"tags.`mlflow.parentRunId` = '{parent_run}' and tags.`{PREFIX}kind` = 'trial'"
 
 
 def bundle_path(submission: str, name: str) -> str:

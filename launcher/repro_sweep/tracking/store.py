@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 from repro_sweep.redaction import redacted
 from repro_sweep.sweep import Data
+from repro_sweep.tracking import encoding
 from repro_sweep.tracking.credentials import account
 from repro_sweep.tracking.embedded import SharedTransactions
 from repro_sweep.tracking.encoding import Point, digest
@@ -270,6 +271,19 @@ class Store:
                     ended_ms=run.info.end_time or run.info.start_time,
                 )
 
+    def runs_below(self, experiment: str, parent_run: str) -> Iterator[Any]:
+        """The runs of a sweep's trials, as MLflow's entities, in the order of their start."""
+        from mlflow.entities import ViewType
+
+        with self._asking():
+            search = functools.partial(
+                self._store().search_runs, [experiment], encoding.trials_of(parent_run), ViewType.ACTIVE_ONLY,
+                order_by=[encoding.BY_START],
+            )  # fmt: skip
+            for run in _pages(search, max_results=_PAGE):
+                self._go_on()
+                yield run
+
     def create_run(self, experiment: str, tags: Mapping[str, str], *, started_ms: int) -> FoundRun:
         """Create a run; it may exist twice afterwards if this fails and is repeated."""
         from mlflow.entities import RunTag
@@ -366,20 +380,26 @@ class Store:
         with self._asking():
             self._store().update_run_info(run_id, RunStatus.from_string(status), ended_ms, None)
 
-    def put_text(self, artifact_uri: str, path: str, text: str) -> None:
-        """Store a small text as an artifact."""
+    def read(self, artifact_uri: str, path: str) -> bytes:
+        """A small artifact; FileNotFoundError where it is a local file that is not there."""
+        with self._asking():
+            return read_artifact(artifact_uri, path, self.uri)
+
+    def put_text(self, artifact_uri: str, path: str, text: str | bytes) -> None:
+        """Store a small text, or a few bytes, as an artifact."""
+        content = text.encode("utf-8") if isinstance(text, str) else text
         folder = _local_folder(artifact_uri)
         if folder is not None:
             with self._asking():
                 target = folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial = target.with_name(f".{target.name}.partial")
-                partial.write_text(text, encoding="utf-8")
+                partial.write_bytes(content)
                 partial.replace(target)
             return
         with tempfile.TemporaryDirectory(prefix="repro-sweep-") as temporary:
             file = Path(temporary) / Path(path).name
-            file.write_text(text, encoding="utf-8")
+            file.write_bytes(content)
             self.put_file(artifact_uri, path, file)
 
     def put_file(self, artifact_uri: str, path: str, file: Path) -> None:
@@ -453,6 +473,20 @@ class Store:
     def _artifact_location(self) -> str | None:
         path = sqlite_path(self.uri)
         return None if path is None else (path.parent / ARTIFACTS).as_uri()
+
+
+def read_artifact(artifact_uri: str, path: str, uri: str) -> bytes:
+    """An artifact by the place of its run's artifacts: in one request, where MLflow's own functions make four."""
+    folder = _local_folder(artifact_uri)
+    if folder is not None:
+        return (folder / path).read_bytes()
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    with tempfile.TemporaryDirectory(prefix="repro-sweep-") as temporary:
+        file = Path(temporary) / "artifact"
+        repository: Any = get_artifact_repository(artifact_uri, tracking_uri=uri)
+        repository._download_file(path, str(file))
+        return file.read_bytes()
 
 
 def batches(

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,7 +25,7 @@ from repro_sweep.ledger import Ledger
 from repro_sweep.records import Attempt, Trial
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.tracking import description, encoding
+from repro_sweep.tracking import description, encoding, table
 from repro_sweep.tracking.description import Standing
 from repro_sweep.tracking.encoding import Curve, Point
 from repro_sweep.tracking.pages import artifact_page, children_page
@@ -98,7 +100,7 @@ def _curve(ledger: Ledger, number: int) -> Curve:
 
 
 class Upload(ABC):
-    """Bringing one run up to date, in three steps: what is said about it, its files, and how it ended.
+    """Bringing one run up to date, in steps: what is said about it, its files, how it ended, what follows from that.
 
     Every step raises :class:`Unavailable`, :class:`Denied`, :class:`Refused` or :class:`Gone`; ``sent`` says how far
     it came, ``place`` is where it writes.
@@ -119,6 +121,13 @@ class Upload(ABC):
     def conclude(self) -> None:
         """Set its status."""
 
+    def seal(self) -> None:  # noqa: B027  (most runs need nothing of the kind)
+        """Do what needs all the rest to be there."""
+
+
+_STEPS = (("record", True), ("put_files", False), ("conclude", True), ("seal", False))
+"""The steps, and whether those of several uploads are one transaction."""
+
 
 def perform(store: Store, uploads: Sequence[Upload]) -> list[Exception | None]:
     """Perform uploads side by side, so that each step of all of them can be one transaction.
@@ -128,7 +137,7 @@ def perform(store: Store, uploads: Sequence[Upload]) -> list[Exception | None]:
     """
     before = [replace(upload.sent) for upload in uploads]
     errors: list[Exception | None] = [None] * len(uploads)
-    for step, together in (("record", True), ("put_files", False), ("conclude", True)):
+    for step, together in _STEPS:
         try:
             with store.transaction() if together else contextlib.nullcontext():
                 for index, upload in enumerate(uploads):
@@ -316,7 +325,7 @@ class SweepUpload(Upload):
 
     def record(self) -> None:
         """See :meth:`Upload.record`."""
-        tags = encoding.counts_tag(self._counts)
+        tags = encoding.counts_tag(self._counts) | {table.TAG: ""}  # from now on it may be out of date
         params: dict[str, str] = {}
         if self.place is None:
             experiment = self._store.experiment(self._spec.tracking.experiment)
@@ -395,6 +404,26 @@ class SweepUpload(Upload):
         if note is not None:
             self._store.log(run_id, tags={description.TAG: note})
         self.note = said
+
+    def seal(self) -> None:
+        """Store the table of all trials, now that all of their runs are there and nothing changes any more."""
+        if not self.closing:
+            return
+        assert self.place is not None
+        assert self.sent.artifact_uri is not None
+        runs = list(self._store.runs_below(self.place.experiment, self.place.parent_run))
+        content, sha256 = table.pack(table.rows_of(runs, self._record))
+        self._store.put_text(self.sent.artifact_uri, table.ARTIFACT, content)
+        (counts,) = encoding.counts_tag(self._counts).values()
+        stamp = table.Stamp(sha256=sha256, runs=len(runs), counts=counts)
+        self._store.log(self.place.parent_run, tags={table.TAG: stamp.text()})
+
+    def _record(self, run: Any) -> Mapping[str, Any]:
+        """What is too long for a trial's tags."""
+        found: Mapping[str, Any] = json.loads(
+            self._store.read(run.info.artifact_uri, encoding.RECORD_ARTIFACT)
+        )
+        return found
 
     @property
     def _search(self) -> dict[str, str]:
