@@ -66,11 +66,12 @@ class Postgres:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeamServer:
-    """An MLflow server with accounts; ``password`` is its administrator's."""
+    """An MLflow server with accounts; ``password`` is its administrator's, ``database`` where it has its runs."""
 
     uri: str
     password: str
     postgres: Postgres
+    database: str
     log: Path
 
     def environment(self, user: str = ADMIN, password: str | None = None) -> dict[str, str]:
@@ -178,7 +179,9 @@ def team_server(
         process = subprocess.Popen(
             command, cwd=folder, env=environment(variables), stdout=out, stderr=out, start_new_session=True
         )
-    found = TeamServer(uri=f"http://127.0.0.1:{port}", password=password, postgres=database, log=log)
+    found = TeamServer(
+        uri=f"http://127.0.0.1:{port}", password=password, postgres=database, database=name, log=log
+    )
     try:
         await_health(process, found.uri, log)
         yield found
