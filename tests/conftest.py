@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +11,20 @@ from pathlib import Path
 import pytest
 from helpers import MakeProject, environment, projects
 
+import repro_sweep
+
 _MAKE_STORE = """
 import sys
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 SqlAlchemyStore("sqlite:///" + sys.argv[1], sys.argv[2])
 """
+_PACKAGE = Path(repro_sweep.__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the package once: the thousands of processes that the tests start are told to write nothing beside it."""
+    if not hasattr(config, "workerinput"):  # not in each of xdist's workers
+        compileall.compile_dir(_PACKAGE, quiet=2)
 
 
 @pytest.fixture(scope="session")

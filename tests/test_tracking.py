@@ -20,7 +20,7 @@ from typing import cast
 from urllib.parse import unquote
 
 import pytest
-from helpers import eventually
+from helpers import environment, eventually
 from omegaconf import OmegaConf
 from tracking_helpers import (
     CONFIG,
@@ -184,6 +184,24 @@ def test_resolving_the_uri_does_not_import_mlflow() -> None:
         "assert not {'mlflow', 'sqlalchemy', 'pandas'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("spared", ["pandas", "fastapi"])
+def test_the_tracker_s_mlflow_needs_no_pandas_and_one_that_cannot_do_without_something_gets_it(
+    spared: str,
+) -> None:
+    """This MLflow can't do without FastAPI. What was spared can still be imported afterwards."""
+    code = (
+        "import importlib, sys\n"
+        "from repro_sweep.tracking.store import import_mlflow\n"
+        f"import_mlflow(['{spared}'])\n"
+        "from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore\n"
+        f"print('{spared}' in sys.modules)\n"
+        f"importlib.import_module('{spared}')\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment())
+    assert done.stdout.split() == [str(spared == "fastapi")]
 
 
 # --- how it looks ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import stat
@@ -22,6 +23,7 @@ HEAD = "defaults: [base_sweep, sampler: grid, executor: local, _self_]\n"
 
 ZOO = """
 import ctypes
+import gc
 import json
 import os
 import random
@@ -41,6 +43,7 @@ def note_environment(cfg):
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "REPRO_SWEEP_TRIAL", "REPRO_SWEEP_NAME")
     facts = {name: os.environ.get(name) for name in names} | {
         "random": random.random(), "numpy": float(np.random.random()), "pid": os.getpid(), "parent": os.getppid(),
+        "collector": [gc.isenabled(), *gc.get_threshold()],
     }
     Path("facts").mkdir(exist_ok=True)
     Path("facts", cfg.do).write_text(json.dumps(facts))
@@ -554,6 +557,16 @@ def test_thread_counts_follow_the_trial_s_cpus_unless_the_user_has_set_them(
     """``sweep.resources.cpus_per_trial`` was 2, MKL_NUM_THREADS was 7."""
     assert {facts["OMP_NUM_THREADS"] for facts in threaded.facts.values()} == {"2"}
     assert {facts["MKL_NUM_THREADS"] for facts in threaded.facts.values()} == {"7"}
+
+
+@pytest.mark.parametrize("project", ["zoo", "threaded"])
+def test_a_trial_has_python_s_own_settings_of_the_garbage_collector(
+    project: str, request: pytest.FixtureRequest
+) -> None:
+    """The processes beside it have others, and so has the zygote while it imports the task."""
+    facts = request.getfixturevalue(project).facts
+    assert facts
+    assert all(each["collector"] == [True, *gc.get_threshold()] for each in facts.values())
 
 
 # --- a sweep that is edited, and one that fails too often ----------------------------------------------------

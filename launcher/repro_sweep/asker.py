@@ -28,7 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from repro_sweep import childio, task
+from repro_sweep import childio, collecting, task
 from repro_sweep.asking import LOG_NAME
 from repro_sweep.config.compose import Composer
 from repro_sweep.config.custom_space import bind
@@ -51,6 +51,7 @@ _logger = logging.getLogger(__name__)
 def main(argv: list[str] | None = None) -> int:
     """Serve the sweep in the given directory until the coordinator closes our input."""
     (directory,) = map(Path, sys.argv[1:] if argv is None else argv)
+    collecting.rarely()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator
     with childio.private_stdout(directory / LOG_NAME) as out:
         try:

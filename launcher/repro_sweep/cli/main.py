@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from repro_sweep import collecting
+
 INTERRUPTED = 130
 """The exit status of a command that was stopped."""
 COMMANDS = {
@@ -49,6 +51,8 @@ exit status: 0 all trials complete; 1 some failed; 2 something to correct first;
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with ``sys.exit``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # the process is ours
+        collecting.rarely()
     first = arguments[0] if arguments else "--help"
     if first in ("--help", "-h"):
         width = max(map(len, COMMANDS))

@@ -35,6 +35,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, cast
 
+from repro_sweep import collecting
 from repro_sweep.childio import private_stdout
 from repro_sweep.errors import ReproSweepError, TrackingError
 from repro_sweep.records import Reused
@@ -59,6 +60,7 @@ _logger = logging.getLogger(__name__)
 def main(argv: list[str] | None = None) -> int:
     """Run the tracker of the sweep in the given directory until it is done or told to stop."""
     argv = sys.argv[1:] if argv is None else argv
+    collecting.rarely()
     if not argv:
         argv = _prepared()
         if argv is None:
@@ -88,14 +90,19 @@ def main(argv: list[str] | None = None) -> int:
 def _prepared() -> list[str] | None:
     """Import MLflow, then read the arguments."""
     with private_stdout(Path(os.devnull)) as out:
-        with contextlib.suppress(Exception):  # said again when there is a log
-            from repro_sweep.tracking.store import import_mlflow
-
-            import_mlflow()
-            importlib.import_module(_IMPLEMENTATION[0])
+        _import()
         os.dup2(out.fileno(), 1)
     line = sys.stdin.readline()
     return cast("list[str]", json.loads(line)) if line else None
+
+
+def _import() -> None:
+    """Import MLflow and what stands on it; what fails is said where it is used."""
+    with contextlib.suppress(Exception):
+        from repro_sweep.tracking.store import import_mlflow
+
+        import_mlflow()
+        importlib.import_module(_IMPLEMENTATION[0])
 
 
 def _yield_to_trials() -> None:
@@ -148,9 +155,7 @@ class _Loop:
 
     def _tracker(self) -> Tracker | None:
         module, name = _IMPLEMENTATION
-        from repro_sweep.tracking.store import prepare_environment
-
-        prepare_environment()
+        _import()
         make = cast("Callable[..., Tracker]", getattr(importlib.import_module(module), name))
         while True:
             try:

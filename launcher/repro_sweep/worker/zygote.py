@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from repro_sweep import collecting
 from repro_sweep.errors import UserError
 from repro_sweep.sweep import SweepSpec
 from repro_sweep.worker import memory, preload, threads, wire
@@ -190,10 +191,12 @@ def main() -> None:
         return
     spec = SweepSpec.model_validate_json(message["spec"])
     threads.limit()
-    from repro_sweep.worker.runner import Runner
+    with collecting.rarely_meanwhile():
+        from repro_sweep.worker.runner import Runner
 
     try:
-        runner = Runner(spec)
+        with collecting.rarely_meanwhile():
+            runner = Runner(spec)
     except UserError as error:
         wire.send(sock, {"failed": str(error)})
         return
