@@ -61,7 +61,7 @@ def run(
 
 
 def quickly(arguments: Sequence[str | Path]) -> list[str | Path]:
-    """The arguments of ``repro-sweep``; a sweep draws no report, which takes as long as many a test's sweep, unless asked."""
+    """The arguments of ``repro-sweep``; a sweep draws no report unless it is asked to: many a test takes no longer."""
     words = list(map(str, arguments))
     runs = bool(words) and words[0].startswith("+sweep=")
     asked = any("sweep.report" in word for word in words)
