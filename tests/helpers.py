@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
@@ -58,10 +58,18 @@ def run(
     python: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``repro-sweep`` in ``cwd`` to its end, or Python where ``python`` is set."""
-    program = sys.executable if python else CONSOLE_SCRIPT
+    command = [sys.executable, *arguments] if python else [CONSOLE_SCRIPT, *quickly(arguments)]
     return subprocess.run(
-        [program, *arguments], cwd=cwd, env=environment(env), timeout=timeout, capture_output=True, text=True
+        command, cwd=cwd, env=environment(env), timeout=timeout, capture_output=True, text=True
     )
+
+
+def quickly(arguments: Sequence[str | Path]) -> list[str | Path]:
+    """The arguments of ``repro-sweep``; a sweep draws no report unless it is asked to: many a test takes no longer."""
+    words = list(map(str, arguments))
+    runs = bool(words) and words[0].startswith("+sweep=")
+    asked = any("sweep.report" in word for word in words)
+    return [*arguments, *(["sweep.report=false"] if runs and not asked else [])]
 
 
 def free_port() -> int:
@@ -205,7 +213,7 @@ class Running:
         self._err = project.root / f"stderr-{uuid.uuid4().hex[:8]}"
         with self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [CONSOLE_SCRIPT, *arguments], cwd=project.root, env=env, stdout=subprocess.DEVNULL, stderr=err,
+                [CONSOLE_SCRIPT, *quickly(arguments)], cwd=project.root, env=env, stdout=subprocess.DEVNULL, stderr=err,
                 start_new_session=True,
             )  # fmt: skip
 

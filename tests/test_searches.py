@@ -21,7 +21,7 @@ ASKER = "repro_sweep.asker"
 def project(make_shared_project: MakeProject) -> Project:
     """One whose search has run once, with two slots."""
     made = make_shared_project(FILES)
-    done = made.run("+sweep=search", SEED)
+    done = made.run("+sweep=search", SEED, "sweep.report=true")
     assert done.returncode == 0, done.stderr
     return made
 

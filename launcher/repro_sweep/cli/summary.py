@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +12,13 @@ from repro_sweep.cli import finding, overview
 from repro_sweep.cli.display import duration, runs
 from repro_sweep.cli.overview import FailedTrial
 from repro_sweep.cli.rankings import table
+from repro_sweep.errors import TrackingError
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Progress
 from repro_sweep.standings import front_of, front_text, ranked_rows
 from repro_sweep.states import FailureKind, TrialState
 from repro_sweep.sweep import SweepSpec
-from repro_sweep.tracking.uri import is_http
+from repro_sweep.tracking.uri import is_http, resolve_uri
 
 _SHOWN_POINTS = 10
 _SHOWN_FAILURES = 10
@@ -44,12 +47,20 @@ def summarise(spec: SweepSpec, progress: Progress, left: int, error: str | None 
         why = f": {error}" if error else ""
         print(f"MLflow lacks {runs(left)} ({spec.tracking.uri}{why});", end=" ")
         print(f"'repro-sweep sync {name}' or the next start sends what is missing")
-    uri = shlex.quote(spec.tracking.uri)
-    if is_http(spec.tracking.uri):
-        print(f"MLflow: {spec.tracking.uri}, experiment {spec.tracking.experiment}")
-    else:
-        print(f"see it in a browser: mlflow ui --backend-store-uri {uri}")
+    _print_place(spec)
     return not complete
+
+
+def _print_place(spec: SweepSpec) -> None:
+    """Where to look at it in a browser."""
+    uri = spec.tracking.uri
+    if is_http(uri):
+        print(f"MLflow: {uri}, experiment {spec.tracking.experiment}")
+    usual = ""
+    with contextlib.suppress(TrackingError):  # what is wrong with it matters to who relies on it
+        usual = resolve_uri(None, Path.cwd(), os.environ)
+    named = "" if uri == usual else f" --uri {shlex.quote(uri)}"
+    print(f"see it in a browser: repro-sweep ui {shlex.quote(spec.name)}{named}")
 
 
 def show(ledger: Ledger, directory: Path, note: str = "") -> bool:

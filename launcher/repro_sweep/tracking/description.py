@@ -35,7 +35,8 @@ OWN_LIMIT = 5000
 _LEAST = 200
 _SHOWN = (10, 5, 2, 0)
 _COLUMNS = 8
-_CELL = 42
+_CELL = 40
+_GAP = "&emsp;"
 _FEW = 100
 """Of more changed trials than this, the attempts of all are read at once."""
 
@@ -175,7 +176,9 @@ def _links(links: Mapping[str, str]) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(escaped, cells))} |"
+    """A row of a table; MLflow's pages have nothing between columns, and would break values that have spaces."""
+    shown = (escaped(cell).replace(" ", "\N{NO-BREAK SPACE}") for cell in cells)
+    return f"| {f'{_GAP} | '.join(shown)}{_GAP} |"
 
 
 def _value(value: object) -> str:
