@@ -119,7 +119,9 @@ def chosen(trials: Sequence[Labelled], conditions: Sequence[Condition]) -> list[
         (label, trial)
         for label, trial in trials
         if all(
-            each.holds(_param(label, trial, kind, name)) for each, kind, name in names if kind is not Kind.METRIC
+            each.holds(_param(label, trial, kind, name))
+            for each, kind, name in names
+            if kind is not Kind.METRIC
         )
     ]
     for each, kind, name in names:
