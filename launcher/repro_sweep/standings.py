@@ -13,7 +13,7 @@ import statistics
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from repro_sweep.records import Attempt, Trial
 from repro_sweep.states import Direction, TrialState, Verdict
@@ -300,12 +300,18 @@ def _ranked(rows: Sequence[Row], directions: Sequence[Direction], *, after: int)
     ]
     if len(directions) == 1:
         order = sorted(range(len(rows)), key=lambda index: (points[index], rows[index].trials[0]))
-        return [replace(rows[index], rank=after + place) for place, index in enumerate(order, start=1)]
+        return [_placed(rows[index], after + place) for place, index in enumerate(order, start=1)]
     fronts = non_dominated_fronts(points)
     order = sorted(
         range(len(rows)), key=lambda index: (fronts[index], points[index][0], rows[index].trials[0])
     )
-    return [replace(rows[index], rank=after + fronts[index] + 1) for index in order]
+    return [_placed(rows[index], after + fronts[index] + 1) for index in order]
+
+
+def _placed(row: Row, rank: int) -> Row:
+    """A row with its rank. Nobody has seen it yet, and a copy of each takes a third of the time of ranking."""
+    object.__setattr__(row, "rank", rank)
+    return row
 
 
 # --- non-dominated sorting ------------------------------------------------------------------------------------
