@@ -21,6 +21,7 @@ from benchmarks import (
     launching,
     provenance,
     quality,
+    ranking,
     ray_sweeps,
     search_slots,
     slurm,
@@ -46,6 +47,7 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "ray_noop": ray_sweeps.noop,
     "snapshot": provenance.freeze,
     "upload": upload.upload,
+    "ranking": ranking.ranking,
     "gpu_share": gpu.share,
     "gpu_strict": gpu.strict,
 }
@@ -55,7 +57,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "slurm": ("slurm_noop", "slurm_slots"),
     "ray": ("ray_160", "ray_1000", "ray_noop"),
     "provenance": ("snapshot",),
-    "server": ("upload",),
+    "server": ("ranking", "upload"),
     "gpu": ("gpu_share", "gpu_strict"),
 }
 _PACKAGES = (

@@ -156,8 +156,13 @@ def filled(folder: Path, trials: int, sweeps: int) -> Iterator[Filled]:
         name = found.splitlines()[0]
         with psycopg.connect(database.uri(name).replace("+psycopg", ""), autocommit=True) as connection:
             _write(connection, spec, int(experiment), parent.run_id, trials)
+            connection.execute(
+                "CREATE TEMP TABLE originals AS SELECT run_uuid FROM runs WHERE run_uuid = %s OR run_uuid IN"
+                " (SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND value = %s)",
+                (parent.run_id, parent.run_id),
+            )
             for copy in range(1, sweeps):
-                _copy(connection, parent.run_id, copy)
+                _copy(connection, copy)
             connection.execute("ANALYZE")
         took_s = _seal(store, spec, experiment, parent.run_id, parent.artifact_uri, trials)
         yield Filled(
@@ -249,13 +254,10 @@ def _load(
             copy.write_row(row)
 
 
-def _copy(connection: psycopg.Connection[Any], parent: str, copy: int) -> None:
+def _copy(connection: psycopg.Connection[Any], copy: int) -> None:
     """Another sweep like the one that is there, under another name, with runs and a parent of its own."""
     renamed = f"md5(run_uuid || '{copy}')"
-    mine = (
-        f"run_uuid = '{parent}' OR run_uuid IN"
-        f" (SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND value = '{parent}')"
-    )
+    mine = "run_uuid IN (SELECT run_uuid FROM originals)"
     value = (
         f"CASE WHEN key = 'mlflow.parentRunId' THEN md5(value || '{copy}')"
         f" WHEN key = 'repro_sweep.sweep' THEN value || '_{copy}'"

@@ -553,7 +553,7 @@ def test_the_command_shows_all_objectives_in_every_format(
 
 def test_a_pruned_point_shows_its_last_value(searches: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["free", "--uri", searches, "--metric", "accuracy"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-2]
     assert last.split(maxsplit=5) == ["-", "5", "-", "0", "5", "1 PRUNED (0.3100)"]
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 NAME = "Welch's t-test"
 _LEAST = 2
 _TINY = 1e-300
+_ROUNDING = 1e-14
+"""Part of a value by which equal values may differ when their mean is taken."""
 _TERMS = 10_000
 _PRECISE = 1e-15
 
@@ -51,8 +53,9 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Significance:
         for each, mean in zip((first, second), means, strict=True)
     ]
     total = sum(errors)
-    if total == 0 or math.sqrt(total) < 1e-14 * max(map(abs, means)):  # no more than rounding
-        same = "and both are equal" if means[0] == means[1] else "though the two differ"
+    rounding = _ROUNDING * max(map(abs, means))
+    if math.sqrt(total) <= rounding:
+        same = "and both are equal" if abs(means[0] - means[1]) <= rounding else "though the two differ"
         return Significance(n=n, why=f"as neither varies over its repeats, {same}")
     t = (means[0] - means[1]) / math.sqrt(total)
     shares = [error / total for error in errors]  # Welch and Satterthwaite, without squares that vanish

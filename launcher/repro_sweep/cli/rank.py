@@ -1,4 +1,4 @@
-"""``repro-sweep rank NAME``: the ranking of a sweep, from MLflow."""
+"""``repro-sweep rank NAME...``: the ranking of a sweep, or of several, from MLflow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str]) -> int:
         TrackingError: there is no such sweep or metric, or MLflow cannot be read.
     """
     parser = Parser(prog="repro-sweep rank", description="The points of a sweep, best first.")
-    parser.add_argument("name", help="the sweep's name")
+    parser.add_argument(
+        "name", nargs="+", help="the sweep's name, USER/NAME for that user's; several are ranked together"
+    )
     parser.add_argument(
         "--metric",
         help="rank by this one alone; by default by the sweep's own, of several by their Pareto front",
@@ -36,6 +38,16 @@ def main(arguments: Sequence[str]) -> int:
         help="by default the sweep's own, or what is usual for the name of another metric",
     )
     parser.add_argument("--top", type=partial(at_least, 1), metavar="N", help="only the best N points")
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="CONDITIONS",
+        help="only these, such as 'optimizer=Adam, val_loss<0.5' (may be repeated; all must hold)",
+    )
+    parser.add_argument(
+        "--by", default=[], metavar="PARAMS", help="group by these params, by the mean of all their trials"
+    )
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table")
     parser.add_argument(
         "--uri", help="the MLflow tracking URI (default: MLFLOW_TRACKING_URI, else mlflow.db here)"
@@ -44,7 +56,10 @@ def main(arguments: Sequence[str]) -> int:
 
     from repro_sweep.ranking import rank
 
-    ranking = rank(args.name, metric=args.metric, direction=args.direction, top=args.top, uri=args.uri)
+    ranking = rank(
+        args.name, metric=args.metric, direction=args.direction, top=args.top, where=args.where, by=args.by,
+        uri=args.uri,
+    )  # fmt: skip
     {"table": _print_table, "json": _print_json, "csv": _print_csv}[args.format](ranking)
     return 0
 
@@ -58,26 +73,45 @@ def _print_table(ranking: Ranking) -> None:
         front_text(ranking.objectives, ranking.front) if several else f"{ranking.metric}, {ranking.direction}"
     )
     print(f"{ranking.sweep}: {by}")
-    print(table(ranking.rows, [each.metric for each in ranking.objectives]) or "no trials yet")
+    metrics = [each.metric for each in ranking.objectives]
+    print(table(ranking.rows, metrics, grouped=bool(ranking.by)) or "no trials")
+    if ranking.test is not None:
+        print(ranking.test.text)
 
 
 def _print_json(ranking: Ranking) -> None:
     document = {
         "sweep": ranking.sweep,
+        "sweeps": list(ranking.sweeps),
         "metric": ranking.metric,
         "direction": ranking.direction,
         "objectives": [each.model_dump() for each in ranking.objectives],
         "constraints": [each.model_dump() for each in ranking.constraints],
+        "by": list(ranking.by),
+        "first_against_second": _test(ranking),
         "points": [_point(row, ranking) for row in ranking.rows],
     }
     json.dump(document, sys.stdout, indent=2, default=str)
     print()
 
 
+def _test(ranking: Ranking) -> dict[str, object] | None:
+    from repro_sweep.significance import NAME
+
+    test = ranking.test
+    if test is None:
+        return None
+    figures = {"p": test.p, "t": json_number(test.t), "df": test.df}
+    return {"test": NAME, **figures, "n": list(test.n), "why": test.why or None}
+
+
 def _point(row: Row, ranking: Ranking) -> dict[str, object]:
     names = [each.metric for each in ranking.objectives]
+    groups = {"points": row.points, "best_mean": json_number(row.best_mean)} if ranking.by else {}
     return {
         **_record(row),
+        **({"sweep": row.sweep} if row.sweep else {}),
+        **groups,
         "means": dict(zip(names, map(json_number, row.means), strict=True)),
         "stds": dict(zip(names, map(json_number, row.stds), strict=True)),
         "infeasible": list(row.infeasible),
@@ -95,6 +129,8 @@ def _print_csv(ranking: Ranking) -> None:
     several = [each.metric for each in ranking.objectives] if len(ranking.objectives) > 1 else []
     head = [*figures, *states, "trials", *(f"{each}.{name}" for name in several for each in ("mean", "std"))]
     head += ["infeasible"] if ranking.constraints else []
+    head += ["points", "best_mean"] if ranking.by else []
+    head += ["sweep"] if _of_several(ranking) else []
     writer = csv.writer(sys.stdout)
     writer.writerow([*head, *(f"params.{name}" for name in ranking.params)])
     for row in ranking.rows:
@@ -106,7 +142,14 @@ def _print_csv(ranking: Ranking) -> None:
         if several:
             cells += [json_number(each) for pair in zip(row.means, row.stds, strict=True) for each in pair]
         cells += [", ".join(row.infeasible)] if ranking.constraints else []
+        cells += [row.points, json_number(row.best_mean)] if ranking.by else []
+        cells += [row.sweep] if _of_several(ranking) else []
         writer.writerow([*cells, *(_cell(row.params, name) for name in ranking.params)])
+
+
+def _of_several(ranking: Ranking) -> bool:
+    """Whether each row belongs to one of several sweeps."""
+    return len(ranking.sweeps) > 1 and not ranking.by
 
 
 def _record(row: Row) -> dict[str, object]:

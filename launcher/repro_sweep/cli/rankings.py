@@ -10,34 +10,43 @@ _LONG_NUMBER = 10
 """A sampler's numbers have up to 17 digits; JSON and CSV have all of them."""
 
 
-def table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """An aligned table, a line for each point with the means of these metrics; empty for no points."""
+def table(rows: Sequence[Row], metrics: Sequence[str], *, grouped: bool = False) -> str:
+    """An aligned table, a line for each point (or group of them) with the means of these metrics; empty for none.
+
+    Columns that are empty in all lines are left out, but for those of params and metrics.
+    """
     if not rows:
         return ""
-    params = columns(rows)
-    head = ["#", *params, *metrics, "n", "trials"]
-    failures = any(row.n < len(row.trials) for row in rows)
-    if failures:
-        head.append("not complete")
-    again = any(row.verdicts for row in rows)
-    if again:
-        head.append("reproduced")
-    infeasible = any(row.infeasible for row in rows)
-    if infeasible:
-        head.append("")
-    lines = [head]
-    for row in rows:
-        cells = ["-" if row.rank is None else str(row.rank), *(_value(row.params, name) for name in params)]
-        cells += map(mean_and_std, row.means, row.stds)
-        cells += [str(row.n), _numbers(row.trials)]
-        cells += [incomplete(row)] if failures else []
-        cells += [reproduced(row)] if again else []
-        lines.append([*cells, violated(row)] if infeasible else cells)
-    widths = [max(len(line[index]) for line in lines) for index in range(len(head))]
+    columns_of = [
+        ("#", ["-" if row.rank is None else str(row.rank) for row in rows]),
+        *_optional("sweep", [row.sweep for row in rows]),
+        *((name, [_value(row.params, name) for row in rows]) for name in columns(rows)),
+        *(
+            (name, [mean_and_std(row.means[index], row.stds[index]) for row in rows])
+            for index, name in enumerate(metrics)
+        ),
+        ("n", [str(row.n) for row in rows]),
+        *(_of_groups(rows) if grouped else ()),
+        ("trials", [_numbers(row.trials) for row in rows]),
+        *_optional("not complete", [incomplete(row) if row.n < len(row.trials) else "" for row in rows]),
+        *_optional("reproduced", [reproduced(row) for row in rows]),
+        *_optional("", [violated(row) for row in rows]),
+    ]
+    lines = [[head for head, _ in columns_of], *zip(*(cells for _, cells in columns_of), strict=True)]
+    widths = [max(map(len, (head, *cells))) for head, cells in columns_of]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def _optional(head: str, cells: list[str]) -> list[tuple[str, list[str]]]:
+    return [(head, cells)] if any(cells) else []
+
+
+def _of_groups(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    best = [mean_and_std(row.best_mean, None) for row in rows]
+    return [("points", [str(row.points) for row in rows]), ("best point", best)]
 
 
 def violated(row: Row) -> str:

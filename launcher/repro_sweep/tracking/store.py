@@ -199,7 +199,7 @@ class Store:
 
     @property
     def moved(self) -> int:
-        """How much was sent: the bytes of files, as far as they were read, and the points."""
+        """How much was sent: the bytes of files, as far as they were read, and the points; and runs that were read."""
         with self._counting:
             moved, moving = self._moved, list(self._moving_now)
         return moved + sum(map(_position, moving))
@@ -306,6 +306,8 @@ class Store:
             )  # fmt: skip
             for run in _pages(search, max_results=_PAGE):
                 self._go_on()
+                with self._counting:
+                    self._moved += 1
                 yield run
 
     def create_run(self, experiment: str, tags: Mapping[str, str], *, started_ms: int) -> FoundRun:
