@@ -154,7 +154,7 @@ class _Check:
             verb = "write into" if body else "create" if body is not None else "read"
             raise TrackingError(
                 f"{server} does not let {self._credentials.name} {verb} experiment {self._experiment!r} (403{said}):"
-                " the permission EDIT is lacking, which the experiment's owner or an administrator of the server can grant;"
+                " the permission EDIT is lacking, which its owner or an administrator of the server can grant;"
                 f" {self._remedy}"
             )
         return answer
