@@ -158,6 +158,19 @@ def test_an_odd_answer_is_a_note_and_no_obstacle(
     assert len(seen) <= 2
 
 
+def test_a_token_that_a_server_with_accounts_stumbles_over_is_one_line(tmp_path: Path) -> None:
+    """MLflow answers 500 to any token, where it keeps passwords in a cache."""
+    told = iter(
+        [(500, "", {}), (401, "You are not authenticated.", {"WWW-Authenticate": 'Basic realm="mlflow"'})]
+    )
+    with answering(lambda _method, _path: next(told)) as (uri, seen), pytest.raises(TrackingError) as raised:
+        access.check(uri, "x", environ(tmp_path, MLFLOW_TRACKING_TOKEN="abc"))
+    assert "does not know the token in MLFLOW_TRACKING_TOKEN: it wants a user and a password" in str(
+        raised.value
+    )
+    assert [authorization for *_, authorization in seen] == ["Bearer abc", ""]
+
+
 def test_a_server_that_is_away_or_says_nothing_costs_a_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
