@@ -19,6 +19,7 @@ from helpers import free_port
 
 from repro_sweep.cli import uploading
 from repro_sweep.errors import TrackingError
+from repro_sweep.provenance import environment
 from repro_sweep.tracking import access, credentials
 from repro_sweep.tracking.base import Progress, Trouble
 from repro_sweep.tracking.process import TrackerProcess
@@ -269,6 +270,13 @@ def test_a_credentials_file_that_mlflow_could_not_read_is_one_line_without_its_t
     assert "secret" not in str(raised.value)
     assert "\n" not in str(raised.value)
     assert credentials.account("http://h", environ(tmp_path)) == "this user"
+
+
+def test_credentials_are_no_part_of_the_record_of_the_environment() -> None:
+    names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+    assert environment.variables(dict.fromkeys(names, "secret") | {"OMP_NUM_THREADS": "2"}) == {
+        "OMP_NUM_THREADS": "2"
+    }
 
 
 # --- giving up ---------------------------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ def test_who_may_not_write_is_told_before_anything_is_made(
     team: Team, make_bare_project: MakeProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = team.server.uri
-    alone = team.experiment("adas", "ada")
+    team.experiment("adas", "ada")
     hidden = team.experiment("hidden", "ada")
     team.grant("eve", hidden, "DENY")
     before = team.counts()
@@ -320,7 +320,6 @@ def test_who_may_not_write_is_told_before_anything_is_made(
     become(monkeypatch, good | {"MLFLOW_TRACKING_PASSWORD": "wrong"})
     with pytest.raises(TrackingError, match=r"it refuses the credentials of user 'bob' \(401\)$"):
         repro_sweep.best_trial("anything")
-    assert alone != hidden
 
 
 def test_results_in_a_hidden_experiment_are_not_to_be_had(
@@ -465,7 +464,7 @@ def test_a_trial_of_an_experiment_that_may_only_be_read_is_not_reproduced_there(
 ) -> None:
     team.experiment("read", "ada")
     project = make_bare_project(FILES)
-    made = project.run(*sweep("original", experiment="read", x="0"), env=team.variables("ada"))
+    made = project.run(*sweep("original", experiment="read", x="-7"), env=team.variables("ada"))
     assert made.returncode == 0, made.stderr
     refused = project.run("reproduce", "original/0", env=team.variables("bob"))
     assert refused.returncode == 2, refused.stderr

@@ -41,15 +41,23 @@ def summarise(spec: SweepSpec, progress: Progress, left: int, error: str | None 
     elif goes_on:
         print(f"the search is not over: 'repro-sweep resume {name}' goes on")
     if left:
-        why = f": {error}" if error else ""
-        print(f"MLflow lacks {runs(left)} ({spec.tracking.uri}{why});", end=" ")
-        print(f"'repro-sweep sync {name}' or the next start sends what is missing")
+        print(not_sent(spec, left, error))
     uri = shlex.quote(spec.tracking.uri)
     if is_http(spec.tracking.uri):
         print(f"MLflow: {spec.tracking.uri}, experiment {spec.tracking.experiment}")
     else:
         print(f"see it in a browser: mlflow ui --backend-store-uri {uri}")
     return not complete
+
+
+def not_sent(spec: SweepSpec, left: int, error: str | None) -> str:
+    """What MLflow lacks, why, and how it gets it, in one line."""
+    why = f": {error}" if error else ""
+    name = finding.reference(Path(spec.directory))
+    return (
+        f"MLflow lacks {runs(left)} ({spec.tracking.uri}{why}); 'repro-sweep sync {name}' or the next start sends what is"
+        " missing"
+    )
 
 
 def show(ledger: Ledger, directory: Path, note: str = "") -> bool:

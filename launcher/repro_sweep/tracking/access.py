@@ -142,8 +142,8 @@ class _Check:
         bare = self._request(path, None, bare=True)
         if bare.status == 401 and bare.asks_for.lower().startswith("basic"):
             raise TrackingError(
-                f"MLflow at {redacted(self._uri)} does not know {self._credentials.name}: it wants a user and a password;"
-                f" set {USER} and {PASSWORD}, or write {FILE}"
+                f"MLflow at {redacted(self._uri)} does not know {self._credentials.name}: it wants a user and a"
+                f" password; set {USER} and {PASSWORD}, or write {FILE}"
             )
 
     def _ask(self, path: str, body: Mapping[str, object] | None = None) -> _Answer:
