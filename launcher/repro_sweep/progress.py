@@ -33,8 +33,8 @@ class Progress:
 
     ``counts`` has cancelled trials among the failed ones. ``busy`` is the share of slot time in use since the first
     start, from 0 to 1. ``paused`` says why nothing is handed out now; ``retried`` counts the attempts that were made
-    again. ``denied``: which MLflow server takes nothing from this user, and why. ``searching``: a search goes on, and may
-    come to ``planned`` trials in all (None: nobody knows).
+    again. ``denied``: which MLflow server takes nothing from this user, and why. ``searching``: a search goes on, and
+    may come to ``planned`` trials in all (None: nobody knows).
     """
 
     name: str

@@ -16,7 +16,7 @@ from repro_sweep.cli.finding import reference
 from repro_sweep.cli.main import INTERRUPTED, say
 from repro_sweep.cli.reporting import Drawn, refreshing, write_report
 from repro_sweep.cli.reusing import reusing
-from repro_sweep.cli.summary import summarise
+from repro_sweep.cli.summary import not_sent, summarise
 from repro_sweep.cli.uploading import unsent, upload
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.errors import LeaseLostError, ReproSweepError, SweepError
@@ -212,6 +212,8 @@ class _Session:
         if self._left:
             return HANDED_OVER
         left = unsent(Path(self._spec.directory), left)
+        if left and not self._summary:
+            say(not_sent(self._spec, left, error))
         failed = self._summary and summarise(self._spec, self._coordinator.progress(), left, error)
         return INTERRUPTED if self._interrupts or self._coordinator.abandoned else int(failed)
 

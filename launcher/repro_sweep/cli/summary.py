@@ -44,9 +44,7 @@ def summarise(spec: SweepSpec, progress: Progress, left: int, error: str | None 
     elif goes_on:
         print(f"the search is not over: 'repro-sweep resume {name}' goes on")
     if left:
-        why = f": {error}" if error else ""
-        print(f"MLflow lacks {runs(left)} ({spec.tracking.uri}{why});", end=" ")
-        print(f"'repro-sweep sync {name}' or the next start sends what is missing")
+        print(not_sent(spec, left, error))
     _print_place(spec)
     return not complete
 
@@ -61,6 +59,16 @@ def _print_place(spec: SweepSpec) -> None:
         usual = resolve_uri(None, Path.cwd(), os.environ)
     named = "" if uri == usual else f" --uri {shlex.quote(uri)}"
     print(f"see it in a browser: repro-sweep ui {shlex.quote(spec.name)}{named}")
+
+
+def not_sent(spec: SweepSpec, left: int, error: str | None) -> str:
+    """What MLflow lacks, why, and how it gets it, in one line."""
+    why = f": {error}" if error else ""
+    name = finding.reference(Path(spec.directory))
+    return (
+        f"MLflow lacks {runs(left)} ({spec.tracking.uri}{why}); 'repro-sweep sync {name}' or the next start sends what is"
+        " missing"
+    )
 
 
 def show(ledger: Ledger, directory: Path, note: str = "") -> bool:

@@ -24,7 +24,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from repro_sweep.errors import TrackingError
 from repro_sweep.redaction import redacted
-from repro_sweep.tracking.credentials import PLACES, Credentials, find
+from repro_sweep.tracking.credentials import FILE, PASSWORD, PLACES, USER, Credentials, find
 from repro_sweep.tracking.uri import is_http
 
 CONNECT_S = 4.0
@@ -40,6 +40,7 @@ class _Answer:
     status: int
     text: str
     location: str | None
+    asks_for: str
 
     @property
     def document(self) -> Mapping[str, Any] | None:
@@ -112,8 +113,11 @@ class _Check:
         self._until = time.monotonic() + ANSWER_S
 
     def run(self) -> None:
-        there = self._ask(f"experiments/get-by-name?{urlencode({'experiment_name': self._experiment})}")
+        by_name = f"experiments/get-by-name?{urlencode({'experiment_name': self._experiment})}"
+        there = self._ask(by_name)
         found = there.document
+        if there.status == 500 and self._credentials.user is None and self._credentials.header is not None:
+            self._see_that_tokens_are_known(by_name)
         if there.status == 200 and found is not None and isinstance(found.get("experiment"), dict):
             experiment = found["experiment"]
             if experiment.get("lifecycle_stage") == "deleted":
@@ -132,6 +136,15 @@ class _Check:
             raise _Odd(_told(there))
         if answer.status != 400:
             raise _Odd(_told(answer))
+
+    def _see_that_tokens_are_known(self, path: str) -> None:
+        """MLflow's own accounts have no tokens, and with its cache of passwords one is an error of the server."""
+        bare = self._request(path, None, bare=True)
+        if bare.status == 401 and bare.asks_for.lower().startswith("basic"):
+            raise TrackingError(
+                f"MLflow at {redacted(self._uri)} does not know {self._credentials.name}: it wants a user and a"
+                f" password; set {USER} and {PASSWORD}, or write {FILE}"
+            )
 
     def _ask(self, path: str, body: Mapping[str, object] | None = None) -> _Answer:
         answer = self._request(path, body)
@@ -154,16 +167,16 @@ class _Check:
             verb = "write into" if body else "create" if body is not None else "read"
             raise TrackingError(
                 f"{server} does not let {self._credentials.name} {verb} experiment {self._experiment!r} (403{said}):"
-                " the permission EDIT is lacking, which the experiment's owner or an administrator of the server can grant;"
+                " the permission EDIT is lacking, which its owner or an administrator of the server can grant;"
                 f" {self._remedy}"
             )
         return answer
 
-    def _request(self, path: str, body: Mapping[str, object] | None) -> _Answer:
+    def _request(self, path: str, body: Mapping[str, object] | None, *, bare: bool = False) -> _Answer:
         parts = urlsplit(self._uri)
         where = f"{parts.path.rstrip('/')}/api/2.0/mlflow/{path}"
         headers = {"Accept": "application/json", "User-Agent": "repro-sweep"}
-        if self._credentials.header is not None:
+        if self._credentials.header is not None and not bare:
             headers["Authorization"] = self._credentials.header
         if self._environ.get("MLFLOW_WORKSPACE", "").strip():
             headers["X-MLFLOW-WORKSPACE"] = self._environ["MLFLOW_WORKSPACE"].strip()
@@ -178,7 +191,11 @@ class _Check:
             connection.request("GET" if body is None else "POST", prefix + where, content, headers)
             with connection.getresponse() as response:
                 text = response.read(_MOST_BYTES).decode("utf-8", "replace")
-                return _Answer(status=response.status, text=text, location=response.getheader("Location"))
+                location, asks_for = (
+                    response.getheader("Location"),
+                    response.getheader("WWW-Authenticate", ""),
+                )
+                return _Answer(status=response.status, text=text, location=location, asks_for=asks_for)
         except TimeoutError as error:
             raise _Odd("no answer in time") from error
         except (OSError, http.client.HTTPException, ValueError) as error:

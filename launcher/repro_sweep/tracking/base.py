@@ -40,7 +40,8 @@ class Progress:
 
     ``left`` counts the trials (and the sweep itself) that have something not uploaded yet. ``error`` is one line
     that says why nothing, or something, cannot be uploaded now; ``trouble`` is set where nothing can. ``done`` is true
-    when a finishing tracker has uploaded all that the server takes, or another coordinator's tracker is to go on. ``moved`` counts the bytes of
+    when a finishing tracker has uploaded all that the server takes, or another coordinator's tracker is to go on.
+    ``moved`` counts the bytes of
     files and the points that went to the server: while it reaches new heights, a long upload is getting somewhere.
     """
 
