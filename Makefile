@@ -4,17 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 RAY_TESTS := $(wildcard tests/test_ray*.py)
 GPU_TESTS := tests/test_gpu.py
+DOCKER_TESTS := $(wildcard tests/test_docker*.py)
 SLURM_TESTS := $(wildcard tests/test_slurm*.py) tests/faults/test_slurm_coordinators.py
 
-.PHONY: sweep test slurm ray gpu lint format bench faults clean
+.PHONY: sweep test slurm ray docker gpu lint format bench faults clean
 
 sweep: $(VENV)/.ready
 	$(BIN)/repro-sweep +sweep=optimizer_grid
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(SLURM_TESTS) $(RAY_TESTS) $(GPU_TESTS))
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(SLURM_TESTS) $(RAY_TESTS) $(DOCKER_TESTS) $(GPU_TESTS))
 	$(MAKE) slurm
 	$(MAKE) ray
+	$(MAKE) docker
 
 # Sweeps on a real SLURM cluster, which is started for them. On a busy machine its daemons miss their own deadlines now
 # and then: a test that fails is run once more, and shown as rerun.
@@ -24,6 +26,10 @@ slurm: $(VENV)/.ready
 # The same on a real Ray cluster.
 ray: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rfEsR $(RAY_TESTS)
+
+# The images, and sweeps in their containers, on a Docker engine that is started for them, by root.
+docker: $(VENV)/.ready
+	$(BIN)/python -m pytest --reruns 1 -rfEsR $(DOCKER_TESTS)
 
 # Trials on a real GPU. Not part of `make test`, as most machines have none; it fails where there is none.
 gpu: $(VENV)/.ready

@@ -98,7 +98,7 @@ def install(wanted: list[str], environ: Mapping[str, str]) -> None:
 
 
 def slim(packages: Path) -> None:
-    """Remove what nothing needs from installed packages, and compile the rest: containers don't keep what they compile."""
+    """Remove from packages what nothing needs, and compile the rest: a container keeps nothing that it compiles."""
     folders = [folder for name in _TESTS_OF for folder in _tests(packages / name)]
     for folder in (*folders, *(packages / name for name in _UNUSED)):
         shutil.rmtree(folder, ignore_errors=True)
