@@ -30,7 +30,7 @@ __all__ = ["MlflowTracker", "check_writable", "resolve_uri"]
 
 POLL_S = 0.5
 REPORTS_S = 2.0
-"""A running trial's reports are sent at most this often."""
+"""A running trial's reports are sent at most this often, and nothing before it has run for so long."""
 _COUNTS_S = 5.0
 _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
@@ -217,7 +217,7 @@ class MlflowTracker(Tracker):
         for number, change, state, started in changes:
             self._change = change
             if self._wanted(state, started=started):
-                self._add(number, self._clock())
+                self._add(number, self._due(number, state))
         if changes:
             self._add(SWEEP, self._quiet(SWEEP))
         for number, seq in self._ledger.report_heads(after=self._seq).items():
@@ -227,6 +227,14 @@ class MlflowTracker(Tracker):
     def _quiet(self, number: int) -> float:
         """Until when news of a run that is not urgent are gathered."""
         return 0.0 if self._finishing else self._quiet_until.get(number, 0.0)
+
+    def _due(self, number: int, state: TrialState) -> float:
+        """When a trial's change is to be sent: a start after a while, as a trial that is over by then costs less."""
+        now = self._clock()
+        if state is not TrialState.RUNNING:
+            return now
+        self._quiet_until.setdefault(number, now + REPORTS_S)
+        return self._quiet(number)
 
     def _wanted(self, state: TrialState, *, started: bool) -> bool:
         return self._finishing or started or state is not TrialState.WAITING
