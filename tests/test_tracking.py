@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ from repro_sweep.tracking.encoding import Curve, Point, params_of, safe_key
 from repro_sweep.tracking.mlflow import MlflowTracker, check_writable, resolve_uri
 from repro_sweep.tracking.process import TrackerProcess
 from repro_sweep.tracking.sent import SentLog
-from repro_sweep.tracking.store import Store, artifact_name, batches, prepare_environment
+from repro_sweep.tracking.store import FoundRun, Store, artifact_name, batches, prepare_environment
 from repro_sweep.tracking.upload import REPORT
 
 pytestmark = pytest.mark.filterwarnings(
@@ -66,7 +67,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that another process brings about."""
-    for _ in range(600):
+    for _ in range(2400):
         if condition():
             return
         await asyncio.sleep(0.05)
@@ -301,6 +302,13 @@ def test_batches_stay_within_mlflows_limits_and_lose_nothing() -> None:
     assert dict(pair for each in all_batches for pair in each[2]) == tags
 
 
+def test_ten_thousand_points_take_eleven_requests_with_all_else_that_a_trial_has() -> None:
+    points = [Point(f"metric{index % 5}", float(index), index, index // 5) for index in range(10_000)]
+    params, tags = ({f"{kind}{index}": "x" * 40 for index in range(30)} for kind in "pt")
+    assert len(list(batches(points, params, tags))) == 11
+    assert len(list(batches(points[:900], params, tags))) == 1
+
+
 def test_final_metrics_come_after_all_reported_ones_and_repeat_none() -> None:
     curve = Curve()
     curve.add([Point("a", 1.0, 5000, 7), Point("b", math.nan, 5000, 7)])
@@ -407,7 +415,6 @@ def test_a_finished_sweep_is_in_mlflow_with_all_that_is_known_of_it(sweep: Path,
     folder = Path(unquote(runs[0].info.artifact_uri.removeprefix("file://")))
     assert folder.is_relative_to(tmp_path / "new folder/mlartifacts")
     assert (folder / "repro_sweep/config.yaml").read_text() == CONFIG
-    assert (folder / "repro_sweep/overrides.yaml").read_text() == "- optimizer.lr=0.0\n- seed=0\n"
     assert (folder / "trial.log").read_text() == "log of trial 0\n"
     assert (folder / "plots/loss.png").read_bytes() == b"png"
     for run in runs:
@@ -1082,12 +1089,23 @@ def test_a_long_upload_is_waited_for_while_it_gets_on_and_given_up_when_it_begin
 
 
 @pytest.mark.slow
-def test_a_short_trial_costs_three_requests_besides_its_artifacts(sweep: Path, proxy: Proxy) -> None:
-    ledger = make_ledger(sweep, proxy.uri, experiment="calls")
-    for number in range(4):
-        add_trial(ledger, number)
-        run_trial(ledger, number, {"accuracy": 0.5})
-    drain(sweep)
+def test_a_short_trial_costs_three_requests_besides_its_artifacts(
+    sweep: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
+    for turn in range(4):
+        ledger = make_ledger(sweep / str(turn), proxy.uri, experiment=f"calls {turn}")
+        for number in range(4):
+            add_trial(ledger, number)
+            run_trial(ledger, number, {"accuracy": 0.5})
+        drain(sweep / str(turn), timeout_s=240)
+        if not proxy.failures:
+            break
+        assert turn < 3, (
+            proxy.failures
+        )  # a busy machine's server: what it failed to do was asked for again, as it must
+        proxy.failures.clear()
+        proxy.seen.clear()
     calls = Counter(
         path.split("?")[0].rpartition("/mlflow/")[2] for method, path in proxy.seen if method == "POST"
     )
@@ -1096,6 +1114,61 @@ def test_a_short_trial_costs_three_requests_besides_its_artifacts(sweep: Path, p
     assert calls["runs/update"] == 4 + 1
     assert set(calls) == {"runs/create", "runs/log-batch", "runs/update", "runs/search", "experiments/create"}
     assert calls["runs/search"] == 2  # for the sweep's own run, at the beginning and the end
+    files = Counter(path.rpartition("/artifacts/")[2] for method, path in proxy.seen if method == "PUT")
+    assert files == {"repro_sweep/config.yaml": 4, "trial.log": 4}
+
+
+class _Noting(Store):
+    """Notes which calls were made."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.calls: list[str] = []
+
+    def create_run(self, *args: object, **options: object) -> FoundRun:
+        self.calls.append("create")
+        return super().create_run(*args, **options)
+
+    def log(self, *args: object, **options: object) -> None:
+        self.calls.append("log")
+        super().log(*args, **options)
+
+    def set_status(self, *args: object, **options: object) -> None:
+        self.calls.append("status")
+        super().set_status(*args, **options)
+
+
+def test_a_trial_that_ends_soon_after_its_start_was_seen_costs_no_more_than_one_that_was_over(
+    sweep: Path, uri: str
+) -> None:
+    """One that goes on is shown as running."""
+    ledger = make_ledger(sweep, uri)
+    store, now, woken = _Noting(uri), [100.0], threading.Event()
+    tracker = MlflowTracker(sweep, clock=lambda: now[0], store=store, wake=woken.set)
+
+    def settle() -> list[str]:
+        for _ in range(3):
+            tracker.sync()
+            eventually(lambda: all(job.future.done() for job in tracker._jobs.values()), "uploads end")
+        calls, store.calls = store.calls, []
+        return calls
+
+    try:
+        settle()  # the sweep's own run
+        for number in range(2):
+            add_trial(ledger, number)
+        short, long = start(ledger, 0), start(ledger, 1)
+        report(ledger, 0, short, range(2))
+        report(ledger, 1, long, range(2))
+        assert settle() == []
+        now[0] += projection.REPORTS_S / 2
+        end(ledger, 0, short, {"accuracy": 0.5})
+        assert settle() == ["create", "log", "status"]
+        now[0] += projection.REPORTS_S / 2
+        assert settle() == ["create", "log"]
+    finally:
+        tracker.close()
+    assert [run.info.status for run in runs_of(uri)] == ["FINISHED", "RUNNING"]
 
 
 @pytest.mark.slow
@@ -1269,7 +1342,7 @@ def test_a_server_that_comes_late_gets_everything(
             tracker = TrackerProcess(sweep)
             await tracker.start()
             with pytest.raises(TrackingError, match="503"):
-                await asyncio.wait_for(tracker.run_ref(0), 30)
+                await asyncio.wait_for(tracker.run_ref(0), 120)
             await until(lambda: tracker.progress.error is not None)
             assert tracker.progress.left == 5  # four trials have something to say, and the sweep itself
             assert "503" in tracker.progress.error
@@ -1278,7 +1351,7 @@ def test_a_server_that_comes_late_gets_everything(
             tracker = TrackerProcess(sweep)
             await tracker.start()
             proxy.spoil = lambda _method, _path: None
-            ref = await asyncio.wait_for(tracker.run_ref(0), 30)
+            ref = await asyncio.wait_for(tracker.run_ref(0), 120)
             assert ref.uri == proxy.uri
             again, other = await asyncio.gather(tracker.run_ref(0), tracker.run_ref(4))
             assert again == ref != other
@@ -1286,13 +1359,13 @@ def test_a_server_that_comes_late_gets_everything(
                 await tracker.run_ref(77)
             end(ledger, 0, attempt, {"accuracy": 1.0})
             run_trial(ledger, 4, {"accuracy": 0.5})
-            assert await tracker.finish(60) == 0
+            assert await tracker.finish(200) == 0
             assert tracker.progress.done
             runs = runs_of(server, sweep_id=ledger.spec.sweep_id)
             assert [run.info.status for run in runs] == ["FINISHED"] * 5
             assert (runs[0].info.run_id, runs[4].info.run_id) == (ref.run_id, other.run_id)
 
-        asyncio.run(asyncio.wait_for(story(), 120))
+        asyncio.run(asyncio.wait_for(story(), 500))
 
 
 @pytest.mark.slow

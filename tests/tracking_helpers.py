@@ -312,12 +312,15 @@ class Proxy:
 
     ``spoil`` is given the method and the path of each request and returns None (all well), a status to answer with
     without asking the server, ``"drop"``: the server does what it was asked, and its reply is lost, or ``"late"``: the
-    reply is an error, and yet the server will do what it was asked a second later.
+    reply is an error, and yet the server will do what it was asked a second later. ``failures`` are the requests that
+    the server itself has answered with an error, or not at all.
     """
 
     port: int
     spoil: Callable[[str, str], int | str | None] = lambda _method, _path: None
     seen: list[tuple[str, str]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    connections: int = 0
     late: int = 0
     spoilt_late: int = 0
     uri: str = ""
@@ -343,6 +346,10 @@ def proxy_before(server: str) -> Iterator[Proxy]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def setup(self) -> None:
+            proxy.connections += 1
+            super().setup()
+
         def _handle(self) -> None:
             body = _body_of(self)
             proxy.seen.append((self.command, self.path))
@@ -359,10 +366,16 @@ def proxy_before(server: str) -> Iterator[Proxy]:
                 for key, value in self.headers.items()
                 if key.lower() not in {"host", "transfer-encoding", "content-length"}
             }
-            with contextlib.closing(http.client.HTTPConnection(target, timeout=30)) as connection:
-                connection.request(self.command, self.path, body, headers | {"Host": target})
-                with connection.getresponse() as response:
-                    content = response.read()
+            try:
+                with contextlib.closing(http.client.HTTPConnection(target, timeout=30)) as connection:
+                    connection.request(self.command, self.path, body, headers | {"Host": target})
+                    with connection.getresponse() as response:
+                        content = response.read()
+            except (OSError, http.client.HTTPException) as error:
+                proxy.failures.append(f"{self.command} {self.path}: {error}")
+                raise
+            if response.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+                proxy.failures.append(f"{self.command} {self.path}: {response.status} {content[:200]!r}")
             if verdict == "late":
                 proxy.late += 1
             elif verdict == "drop":

@@ -25,7 +25,6 @@ from repro_sweep.sweep import Chosen, SweepSpec
 
 PREFIX = "repro_sweep."
 CONFIG_ARTIFACT = "repro_sweep/config.yaml"
-OVERRIDES_ARTIFACT = "repro_sweep/overrides.yaml"
 RECORD_ARTIFACT = "repro_sweep/trial.json"
 FOLDER = "repro_sweep"
 """Where the artifacts are that repro-sweep makes itself."""

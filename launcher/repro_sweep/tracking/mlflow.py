@@ -41,7 +41,7 @@ __all__ = ["MlflowTracker", "check_writable", "resolve_uri"]
 
 POLL_S = 0.5
 REPORTS_S = 2.0
-"""A running trial's reports are sent at most this often."""
+"""A running trial's reports are sent at most this often, and nothing before it has run for so long."""
 _COUNTS_S = 5.0
 _BOARD_SHARE = 0.02
 """The part of one CPU that ranking a sweep for its description may take while it runs."""
@@ -243,7 +243,7 @@ class MlflowTracker(Tracker):
         for number, change, state, started in changes:
             self._change = change
             if self._wanted(state, started=started):
-                self._add(number, self._clock())
+                self._add(number, self._due(number, state))
         report, self._report_seen = self._report_seen, stamp_of(self._report)
         if changes or report != self._report_seen:
             self._add(SWEEP, self._quiet(SWEEP))
@@ -256,6 +256,14 @@ class MlflowTracker(Tracker):
     def _quiet(self, number: int) -> float:
         """Until when news of a run that is not urgent are gathered."""
         return 0.0 if self._finishing else self._quiet_until.get(number, 0.0)
+
+    def _due(self, number: int, state: TrialState) -> float:
+        """When a trial's change is to be sent: a start after a while, as a trial that is over by then costs less."""
+        now = self._clock()
+        if state is not TrialState.RUNNING:
+            return now
+        self._quiet_until.setdefault(number, now + REPORTS_S)
+        return self._quiet(number)
 
     def _wanted(self, state: TrialState, *, started: bool) -> bool:
         return self._finishing or started or state is not TrialState.WAITING

@@ -194,8 +194,12 @@ class Store:
 
     @property
     def parallel(self) -> int:
-        """How many uploads at a time are of use."""
-        return 1 if self.embedded else 4
+        """How many uploads at a time are of use.
+
+        To a server as many as leave each request its own of the ten connections that MLflow keeps open: one may be
+        urgent, and one a search.
+        """
+        return 1 if self.embedded else 8
 
     @property
     def moved(self) -> int:

@@ -18,8 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from repro_sweep.exchange import BUNDLE, BUNDLE_ID, LOG_NAME, RECORD_NAME
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import Attempt, Trial
@@ -274,8 +272,6 @@ class TrialUpload(Upload):
 
     def _put_basics(self, artifact_uri: str) -> None:
         self._store.put_text(artifact_uri, encoding.CONFIG_ARTIFACT, self._trial.config)
-        overrides = yaml.safe_dump(list(self._trial.overrides), allow_unicode=True)
-        self._store.put_text(artifact_uri, encoding.OVERRIDES_ARTIFACT, overrides)
         record = encoding.record_of(self._trial)
         if record is not None:
             self._store.put_text(artifact_uri, encoding.RECORD_ARTIFACT, record)
