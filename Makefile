@@ -11,19 +11,19 @@ SLURM_TESTS := $(wildcard tests/test_slurm*.py) tests/faults/test_slurm_coordina
 sweep: $(VENV)/.ready
 	$(BIN)/repro-sweep +sweep=optimizer_grid
 
+# The clusters' tests wait for their daemons much of the time: one worker runs those of SLURM and another one those of Ray
+# (tests/conftest.py), while the others use the CPUs.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(SLURM_TESTS) $(RAY_TESTS) $(GPU_TESTS))
-	$(MAKE) slurm
-	$(MAKE) ray
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -rfEsR --ignore=$(GPU_TESTS)
 
 # Sweeps on a real SLURM cluster, which is started for them. On a busy machine its daemons miss their own deadlines now
-# and then: a test that fails is run once more, and shown as rerun.
+# and then: a test that fails is run once more, and shown as rerun (tests/conftest.py).
 slurm: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rfEsR $(SLURM_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rfEsR $(SLURM_TESTS)
 
 # The same on a real Ray cluster.
 ray: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rfEsR $(RAY_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rfEsR $(RAY_TESTS)
 
 # Trials on a real GPU. Not part of `make test`, as most machines have none; it fails where there is none.
 gpu: $(VENV)/.ready
