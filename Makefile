@@ -12,24 +12,23 @@ SLURM_TESTS := $(wildcard tests/test_slurm*.py) tests/faults/test_slurm_coordina
 sweep: $(VENV)/.ready
 	$(BIN)/repro-sweep +sweep=optimizer_grid
 
+# The tests of clusters and containers wait for their daemons much of the time: one worker runs those of SLURM, another one
+# those of Ray, one those of Docker (tests/conftest.py), while the others use the CPUs.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(SLURM_TESTS) $(RAY_TESTS) $(DOCKER_TESTS) $(GPU_TESTS))
-	$(MAKE) slurm
-	$(MAKE) ray
-	$(MAKE) docker
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -rfEsR --ignore=$(GPU_TESTS)
 
 # Sweeps on a real SLURM cluster, which is started for them. On a busy machine its daemons miss their own deadlines now
-# and then: a test that fails is run once more, and shown as rerun.
+# and then: a test that fails is run once more, and shown as rerun (tests/conftest.py).
 slurm: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rfEsR $(SLURM_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rfEsR $(SLURM_TESTS)
 
 # The same on a real Ray cluster.
 ray: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 -rfEsR $(RAY_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rfEsR $(RAY_TESTS)
 
 # The images, and sweeps in their containers, on a Docker engine that is started for them, by root.
 docker: $(VENV)/.ready
-	$(BIN)/python -m pytest --reruns 1 -rfEsR $(DOCKER_TESTS)
+	$(BIN)/python -m pytest -rfEsR $(DOCKER_TESTS)
 
 # Trials on a real GPU. Not part of `make test`, as most machines have none; it fails where there is none.
 gpu: $(VENV)/.ready

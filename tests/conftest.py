@@ -27,6 +27,39 @@ def pytest_configure(config: pytest.Config) -> None:
         compileall.compile_dir(_PACKAGE, quiet=2)
 
 
+_CLUSTERS = ("slurm", "ray", "docker")
+_LONG = (
+    "test_killed", "test_mlflow_away", "test_full_disk", "test_searches", "test_reproduce", "test_export",
+    "test_main_job", "test_tracking", "test_reuse", "test_venv", "test_optuna_sweeper", "test_mlflow_inside",
+    "test_pruned_trials", "test_retries", "test_link", "test_one_coordinator", "test_search_options", "test_testbed",
+    "test_commands", "test_interrupt", "test_front_door", "test_benchmarks", "test_study_again", "test_digits",
+)  # fmt: skip
+"""Files with minutes of work begin first, so that no worker is left with one of them when the others have ended."""
+
+
+def _group(item: pytest.Item) -> str:
+    """What one worker runs: a file, or all that needs Slurm, Ray or Docker: a cluster is a good part of a machine."""
+    name = item.path.stem
+    return next((kind for kind in _CLUSTERS if name.startswith(f"test_{kind}")), name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests go together with ``--dist loadgroup``, and in which order; those of clusters may be run once more."""
+    place = {name: order for order, name in enumerate((*_CLUSTERS, *_LONG))}
+
+    def rank(item: pytest.Item) -> int:
+        group = _group(item)
+        return min((order for name, order in place.items() if group.startswith(name)), default=len(place))
+
+    for item in items:
+        group = _group(item)
+        item.add_marker(pytest.mark.xdist_group(group))
+        if group in _CLUSTERS:
+            item.add_marker(pytest.mark.flaky(reruns=1))
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow store with nothing in it: making its tables takes seconds, copying it none."""
