@@ -95,8 +95,8 @@ def served(uri: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], d
         lines = [process.stdout.readline().split("  ") for _ in range(2)]
         yield process, {line[0].strip(): line[-1].strip() for line in lines}
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()  # not killed: it has a server to stop
+        process.wait(60)
         process.stdout.close()
 
 
