@@ -165,7 +165,6 @@ def test_a_browser_with_windows_is_opened_unless_it_is_not_wanted(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs chromium")
 def test_a_browser_shows_the_leaderboard_in_the_description_and_in_the_report(
     store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
