@@ -14,7 +14,18 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import asha, front_door, gpu, launching, provenance, quality, ray_sweeps, search_slots, slurm
+from benchmarks import (
+    asha,
+    coordinator_load,
+    front_door,
+    gpu,
+    launching,
+    provenance,
+    quality,
+    ray_sweeps,
+    search_slots,
+    slurm,
+)
 from benchmarks.harness import BenchmarkError
 from benchmarks.report import Table, markdown
 
@@ -34,6 +45,7 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "ray_1000": ray_sweeps.many,
     "ray_noop": ray_sweeps.noop,
     "snapshot": provenance.freeze,
+    "crowd": coordinator_load.load,
     "gpu_share": gpu.share,
     "gpu_strict": gpu.strict,
 }
@@ -43,6 +55,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "slurm": ("slurm_noop", "slurm_slots"),
     "ray": ("ray_160", "ray_1000", "ray_noop"),
     "provenance": ("snapshot",),
+    "coordinator": ("crowd",),
     "gpu": ("gpu_share", "gpu_strict"),
 }
 _PACKAGES = (
@@ -55,6 +68,8 @@ _PACKAGES = (
     "ray",
     "torch",
     "mlflow",
+    "uvicorn",
+    "pydantic",
 )
 
 
