@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import (
     asha,
+    coordinator_load,
     front_door,
     gpu,
     launching,
@@ -46,8 +47,9 @@ BENCHMARKS: dict[str, Callable[..., Table]] = {
     "ray_1000": ray_sweeps.many,
     "ray_noop": ray_sweeps.noop,
     "snapshot": provenance.freeze,
-    "upload": upload.upload,
+    "crowd": coordinator_load.load,
     "ranking": ranking.ranking,
+    "upload": upload.upload,
     "gpu_share": gpu.share,
     "gpu_strict": gpu.strict,
 }
@@ -57,6 +59,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "slurm": ("slurm_noop", "slurm_slots"),
     "ray": ("ray_160", "ray_1000", "ray_noop"),
     "provenance": ("snapshot",),
+    "coordinator": ("crowd",),
     "server": ("ranking", "upload"),
     "gpu": ("gpu_share", "gpu_strict"),
 }
@@ -70,6 +73,8 @@ _PACKAGES = (
     "ray",
     "torch",
     "mlflow",
+    "uvicorn",
+    "pydantic",
 )
 
 

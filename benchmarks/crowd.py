@@ -238,7 +238,7 @@ async def _ask_only(address: Address, connections: int, requests: int, tally: Ta
 
 
 async def _begin(tally: Tally) -> None:
-    print("ready", flush=True)
+    print(json.dumps("ready"), flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     tally.began = time.time()
 
