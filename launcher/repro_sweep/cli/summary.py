@@ -55,8 +55,8 @@ def not_sent(spec: SweepSpec, left: int, error: str | None) -> str:
     why = f": {error}" if error else ""
     name = finding.reference(Path(spec.directory))
     return (
-        f"MLflow lacks {runs(left)} ({spec.tracking.uri}{why}); 'repro-sweep sync {name}' or the next start sends what is"
-        " missing"
+        f"MLflow lacks {runs(left)} ({spec.tracking.uri}{why}); 'repro-sweep sync {name}' or the next start"
+        " sends what is missing"
     )
 
 
