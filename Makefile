@@ -46,6 +46,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks --only slurm --output docs/benchmarks-slurm.md
 	$(BIN)/python -m benchmarks --only ray --output docs/benchmarks-ray.md
 	$(BIN)/python -m benchmarks --only provenance --output docs/benchmarks-provenance.md
+	$(BIN)/python -m benchmarks --only server --output docs/benchmarks-server.md
 
 faults: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/faults --long --figures docs/reliability.md
