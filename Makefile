@@ -52,6 +52,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks --only ray --output docs/benchmarks-ray.md
 	$(BIN)/python -m benchmarks --only provenance --output docs/benchmarks-provenance.md
 	$(BIN)/python -m benchmarks --only coordinator --output docs/benchmarks-coordinator.md
+	$(BIN)/python -m benchmarks --only server --output docs/benchmarks-server.md
 
 faults: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/faults --long --figures docs/reliability.md

@@ -75,6 +75,7 @@ class _Measured:
 def upload(folder: Path, *, quick: bool) -> Table:
     """Runs a second, each client in turn on one server, and the requests that a run costs."""
     with postgres() as database, team_server(folder / "server", database, workers=WORKERS) as server:
+        _measure(folder / "warm", server, _SYSTEMS[0], 2 * WORKERS)  # its workers load lazily
         measured = [
             _measure(folder / each.key, server, each, each.quick if quick else each.trials)
             for each in _SYSTEMS
@@ -84,11 +85,11 @@ def upload(folder: Path, *, quick: bool) -> Table:
     header = ("system", "runs a second", f"/ {OURS}", "requests a run", "for artifacts", "runs", "remarks")
     return Table(
         title="upload: short trials into a team's server",
-        text=f"Trials with {PARAMS} params, {len(METRICS)} metrics at {STEPS} steps and their config as an artifact, into"
-        f" MLflow's server with accounts (`--app-name basic-auth`, {WORKERS} workers, as it comes: passwords are not"
-        " cached) before PostgreSQL, on the machine of the clients. One process for each client, one after the other;"
-        " imports do not count. Requests are counted in the server's log; those for artifacts stand apart. That every"
-        " point, param and file is there, once, was looked up in PostgreSQL and in the server's folder.",
+        text=f"Trials with {PARAMS} params, {len(METRICS)} metrics at {STEPS} steps and their config as an artifact,"
+        f" into MLflow's server with accounts (`--app-name basic-auth`, {WORKERS} workers, passwords not cached: MLflow's"
+        " default) before PostgreSQL, on the machine of the clients. One process for each client, one after the other;"
+        " imports do not count. Requests are counted in the server's log, those for artifacts apart. That every run,"
+        " param and point is there, once, was looked up in PostgreSQL.",
         unit="",
         rows=(),
         grid=(header, *(each.cells(ours) for each in measured)),

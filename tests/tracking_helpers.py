@@ -337,6 +337,23 @@ def _body_of(request: BaseHTTPRequestHandler) -> bytes:
     return body
 
 
+def _passed_on(
+    proxy: Proxy, target: str, request: tuple[str, str, bytes, dict[str, str]]
+) -> tuple[int, dict[str, str], bytes]:
+    """What the server answers; that it failed is noted."""
+    try:
+        with contextlib.closing(http.client.HTTPConnection(target, timeout=30)) as connection:
+            connection.request(*request)
+            with connection.getresponse() as response:
+                status, headers, content = response.status, dict(response.getheaders()), response.read()
+    except (OSError, http.client.HTTPException) as error:
+        proxy.failures.append(f"{request[0]} {request[1]}: {error}")
+        raise
+    if status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+        proxy.failures.append(f"{request[0]} {request[1]}: {status} {content[:200]!r}")
+    return status, headers, content
+
+
 @contextlib.contextmanager
 def proxy_before(server: str) -> Iterator[Proxy]:
     """A proxy before a server, on a port of its own."""
@@ -366,23 +383,15 @@ def proxy_before(server: str) -> Iterator[Proxy]:
                 for key, value in self.headers.items()
                 if key.lower() not in {"host", "transfer-encoding", "content-length"}
             }
-            try:
-                with contextlib.closing(http.client.HTTPConnection(target, timeout=30)) as connection:
-                    connection.request(self.command, self.path, body, headers | {"Host": target})
-                    with connection.getresponse() as response:
-                        content = response.read()
-            except (OSError, http.client.HTTPException) as error:
-                proxy.failures.append(f"{self.command} {self.path}: {error}")
-                raise
-            if response.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
-                proxy.failures.append(f"{self.command} {self.path}: {response.status} {content[:200]!r}")
+            headers["Host"] = target
+            status, found, content = _passed_on(proxy, target, (self.command, self.path, body, headers))
             if verdict == "late":
                 proxy.late += 1
             elif verdict == "drop":
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
             else:
-                self._reply(response.status, dict(response.getheaders()), content)
+                self._reply(status, found, content)
 
         def _reply(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
             self.send_response(status)
