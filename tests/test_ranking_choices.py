@@ -89,6 +89,8 @@ def test_several_sweeps_are_ranked_together_with_a_column_that_says_which(store:
     assert (best.sweep, best.number) == ("a", 2)
     assert [trial.sweep for trial in pareto_front(["a", "b"], uri=store)] == ["b"]
     assert "sweep" not in leaderboard("a", uri=store).columns
+    in_common = rank(["b", "down"], direction="maximize", uri=store)
+    assert [(row.sweep, row.n) for row in in_common.rows] == [("b", 2), ("down", 2)]
 
 
 def test_a_users_sweep_is_found_though_another_one_has_its_name(store: str) -> None:

@@ -58,7 +58,7 @@ def all_kinds(ledger: Ledger) -> None:
     end(ledger, 7, attempt, state=TrialState.FAIL, kind=FailureKind.OUT_OF_MEMORY, message="killed\n'it'")
     add_trial(ledger, 8)
     attempt = start(ledger, 8)
-    ledger.add_reports(attempt, [NewReport(seq=0, step=0, time=START, metrics={"accuracy": -math.inf})])
+    ledger.add_reports(attempt, [NewReport(seq=0, step=0, time=START, metrics={"told": -math.inf})])
     end(ledger, 8, attempt, {"accuracy": 0.1}, state=TrialState.PRUNED)
     add_trial(ledger, 9)
     end(ledger, 9, start(ledger, 9), state=TrialState.COMPLETE)  # without any metric
@@ -123,7 +123,7 @@ def test_the_table_says_all_that_the_runs_say(
     assert math.isnan(found[1].metrics["accuracy"])
     assert (found[2].metrics["accuracy"], found[2].metrics["loss@1"]) == (math.inf, -math.inf)
     assert found[6].params["long"] == "x" * 6000
-    assert found[9].metrics == {}
+    assert (found[8].metrics, found[9].metrics) == ({"accuracy": 0.1, "told": -math.inf}, {})
     from_table, from_runs = both_ways(uri)
     assert len(searched) == 1
     assert from_table == from_runs
@@ -208,6 +208,7 @@ def test_a_sweep_that_goes_on_has_no_table_until_it_is_over_again(tmp_path: Path
             tracker.sync()
     finally:
         tracker.close()
+    assert runs_of(uri, sweep=True)[0].data.tags[table.TAG] == ""
     assert find_sweep("grid", uri).stamp is None  # running, as far as anybody knows
     assert best_trial("grid", uri=uri).number == 1
     drain(tmp_path / "sweep")
