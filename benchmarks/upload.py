@@ -42,10 +42,10 @@ class _System:
 
 
 _SYSTEMS = (
-    _System(key="tracker", name=OURS, trials=300, quick=8, note="its tracker; with log and record of each trial"),
-    _System(key="mlflow_log_metrics", name="mlflow, log_metrics", trials=30, quick=2, note="a call for each step"),
-    _System(key="mlflow_log_metric", name="mlflow, log_metric", trials=10, quick=1, note="a call for each value"),
-    _System(key="mlflow_async", name="mlflow, log_metric, async", trials=10, quick=1, note="enable_async_logging()"),
+    _System(key="tracker", name=OURS, trials=100, quick=8, note="its tracker; with log and record of each trial"),
+    _System(key="mlflow_log_metrics", name="mlflow, log_metrics", trials=6, quick=2, note="a call for each step"),
+    _System(key="mlflow_log_metric", name="mlflow, log_metric", trials=2, quick=1, note="a call for each value"),
+    _System(key="mlflow_async", name="mlflow, log_metric, async", trials=2, quick=1, note="enable_async_logging()"),
     _System(key="ray_tune", name="Ray Tune's callback", trials=1, quick=1, note="with what Tune itself reports"),
 )  # fmt: skip
 
@@ -86,8 +86,8 @@ def upload(folder: Path, *, quick: bool) -> Table:
     return Table(
         title="upload: short trials into a team's server",
         text=f"Trials with {PARAMS} params, {len(METRICS)} metrics at {STEPS} steps and their config as an artifact,"
-        f" into MLflow's server with accounts (`--app-name basic-auth`, {WORKERS} workers, passwords not cached: MLflow's"
-        " default) before PostgreSQL, on the machine of the clients. One process for each client, one after the other;"
+        f" into MLflow's server with accounts (`--app-name basic-auth`, {WORKERS} workers, passwords not cached:"
+        " MLflow's default) before PostgreSQL, on the machine of the clients. One process each, in turn;"
         " imports do not count. Requests are counted in the server's log, those for artifacts apart. That every run,"
         " param and point is there, once, was looked up in PostgreSQL.",
         unit="",
