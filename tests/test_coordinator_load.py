@@ -92,7 +92,7 @@ def test_neither_a_trial_nor_the_taking_of_a_result_is_told_before_it_is_committ
         result = asyncio.create_task(coordinator.finish(finish("a")))
         again = asyncio.create_task(coordinator.claim(claim("b")))
         await asyncio.sleep(0.1)
-        assert not (both.done() or result.done() or again.done())
+        assert not any(each.done() for each in (both, result, again))
         seen = Ledger.open(tmp_path, readonly=True)
         assert seen.counts()[TrialState.COMPLETE] == 0
         go_on.set()
