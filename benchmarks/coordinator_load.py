@@ -95,7 +95,7 @@ def load(folder: Path, *, quick: bool) -> Table:
         ),
         targets=[
             Target(
-                what=f"a trial claimed and finished, the slowest way without a pause: {number(slowest.rate)} a second",
+                what=f"a trial claimed and finished, by the slowest way ({number(slowest.rate)} a second)",
                 value=1000 / slowest.rate, limit=1.0, unit="ms",
             ),
             Target(

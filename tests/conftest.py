@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import MakeProject, environment, projects
+from xdist.scheduler import LoadFileScheduling
 
 import repro_sweep
 
@@ -37,27 +39,33 @@ _LONG = (
 """Files with minutes of work begin first, so that no worker is left with one of them when the others have ended."""
 
 
-def _group(item: pytest.Item) -> str:
+def _group(file: Path) -> str:
     """What one worker runs: a file, or all that needs Slurm, Ray or Docker: a cluster is a good part of a machine."""
-    name = item.path.stem
-    return next((kind for kind in _CLUSTERS if name.startswith(f"test_{kind}")), name)
+    return next((kind for kind in _CLUSTERS if file.stem.startswith(f"test_{kind}")), file.stem)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests go together with ``--dist loadgroup``, and in which order; those of clusters may be run once more."""
+    """What begins first; tests of clusters may be run once more."""
     place = {name: order for order, name in enumerate((*_CLUSTERS, *_LONG))}
 
     def rank(item: pytest.Item) -> int:
-        group = _group(item)
+        group = _group(item.path)
         return min((order for name, order in place.items() if group.startswith(name)), default=len(place))
 
     for item in items:
-        group = _group(item)
-        item.add_marker(pytest.mark.xdist_group(group))
-        if group in _CLUSTERS:
+        if _group(item.path) in _CLUSTERS:
             item.add_marker(pytest.mark.flaky(reruns=1))
     items.sort(key=rank)
+
+
+class _Groups(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(Path(nodeid.partition("::")[0]))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """Which tests go together with ``--dist loadgroup``: xdist's own groups are lost on the way from pytest 9's workers."""
+    return _Groups(config, log) if config.option.dist == "loadgroup" else None
 
 
 @pytest.fixture(scope="session")
