@@ -119,7 +119,8 @@ def ranking(folder: Path, *, quick: bool) -> Table:
     text = (
         f"A sweep of {trials:,} trials ({_SEEDS} seeds a point) among {server.runs:,} runs in one experiment, on"
         " `mlflow server` with accounts and PostgreSQL on this machine; the server remembers passwords"
-        " (`auth_cache_ttl_seconds`), as it otherwise computes their hashes for every request. Seconds a call, in a process that has imported"
+        " (`auth_cache_ttl_seconds`), as it otherwise computes their hashes for every request."
+        " Seconds a call, in a process that has imported"
         f" MLflow and pandas before: ours the slowest of {_TURNS} calls, MLflow the fastest. MLflow's best is the best"
         " single run; ours averages over seeds. It took the tracker"
         f" {number(server.table_s)} s to store the sweep's table at its end."
