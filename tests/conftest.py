@@ -64,7 +64,7 @@ class _Groups(LoadFileScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
-    """Which tests go together with ``--dist loadgroup``: xdist's own groups are lost on the way from pytest 9's workers."""
+    """Which tests go together with ``--dist loadgroup``: pytest 9's workers lose xdist's own groups."""
     return _Groups(config, log) if config.option.dist == "loadgroup" else None
 
 
