@@ -146,6 +146,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         compose("up", "--detach")
         compose.until_healthy("database", "mlflow")
         yield Team(engine=engine, compose=compose, folder=folder)
+    shutil.rmtree(folder)  # pytest would keep the wheels
 
 
 @pytest.fixture(scope="module")
