@@ -374,16 +374,9 @@ def _done_runs(team: Team, name: str) -> list[dict[str, Any]]:
     return found.get("runs", [])  # type: ignore[return-value]
 
 
-def _never_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a tracker that was denied wait for hours, if nothing tells it better."""
-    monkeypatch.setattr("repro_sweep.tracking.mlflow._PAUSE_S", 10_000.0)
-    monkeypatch.setattr("repro_sweep.tracking.mlflow._LONGEST_PAUSE_S", 10_000.0)
-
-
 def test_a_permission_that_is_taken_away_and_given_back_while_a_sweep_runs_loses_nothing(
     team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _never_by_itself(monkeypatch)
     lent = team.experiment("lent", "ada")
     team.grant("bob", lent, "EDIT")
     ledger = make_ledger(tmp_path / "lent", team.server.uri, name="lent", experiment="lent")
@@ -408,6 +401,12 @@ def test_a_permission_that_is_taken_away_and_given_back_while_a_sweep_runs_loses
         tracking.finish()
         assert tracking.progress.trouble is None
     assert_whole(ledger, team.server.uri)
+
+
+def _never_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a tracker that was denied wait for hours, if nothing tells it better."""
+    monkeypatch.setattr("repro_sweep.tracking.mlflow._PAUSE_S", 10_000.0)
+    monkeypatch.setattr("repro_sweep.tracking.mlflow._LONGEST_PAUSE_S", 10_000.0)
 
 
 def test_credentials_that_are_renewed_in_the_file_are_taken_up_by_a_tracker_that_runs(

@@ -35,7 +35,7 @@ from repro_sweep.tracking.upload import (
     perform,
     stamp_of,
 )
-from repro_sweep.tracking.uri import check_writable, resolve_uri
+from repro_sweep.tracking.uri import check_writable, is_http, resolve_uri
 
 __all__ = ["MlflowTracker", "check_writable", "resolve_uri"]
 
@@ -75,6 +75,7 @@ class _Job:
     cleared: int
     future: Future[list[Exception | None]]
     index: int
+    sent_with: str | None
 
 
 class MlflowTracker(Tracker):
@@ -290,6 +291,9 @@ class MlflowTracker(Tracker):
                 heapq.heappush(self._queue, (now, number))
 
     def _credentials(self) -> str | None:
+        """What is sent to a server for this user now; compared only."""
+        if not is_http(self._store.uri):
+            return None
         try:
             return credentials.find(self._store.uri).header
         except TrackingError:  # just being written
@@ -353,6 +357,7 @@ class MlflowTracker(Tracker):
         if rows:
             self._log.put(rows.values())
         size = _TOGETHER if self._store.embedded else 1
+        sent_with = self._credentials()
         for start in range(0, len(numbers), size):
             group = numbers[start : start + size]
             uploads = [self._upload(rows[number], doubt=doubts[number]) for number in group]
@@ -360,7 +365,9 @@ class MlflowTracker(Tracker):
             for index, number in enumerate(group):
                 pending = self._pending.pop(number, None)
                 failures = 0 if pending is None else pending.failures
-                self._jobs[number] = _Job(uploads[index], failures, len(self._cleared), future, index)
+                self._jobs[number] = _Job(
+                    uploads[index], failures, len(self._cleared), future, index, sent_with
+                )
             future.add_done_callback(lambda _: self._wake())
 
     def _upload(self, row: Sent, *, doubt: bool) -> Upload:
@@ -452,7 +459,7 @@ class MlflowTracker(Tracker):
                 self._guessed.add(number)
             self._restore(job.upload.sent)
         elif isinstance(error, (Unavailable, Denied)):
-            text = self._fails(error)
+            text = self._fails(error, job.sent_with)
         elif not isinstance(error, Refused):
             _logger.error("uploading %s: a bug", _name(number), exc_info=error)
             text = f"{type(error).__name__}: {text}"
@@ -468,14 +475,14 @@ class MlflowTracker(Tracker):
             for answer in self._answers.pop(trial, []):
                 answer(text)
 
-    def _fails(self, error: Unavailable | Denied) -> str:
+    def _fails(self, error: Unavailable | Denied, sent_with: str | None) -> str:
         """Nothing can be sent now; returns why."""
         answered, self._store.answered = self._store.answered, False
         self._outages = 1 if answered else self._outages + 1  # a server that answers now and then is not away
         self._closed_until = self._clock() + _pause(self._outages)
         before = self._trouble
         if isinstance(error, Denied):
-            self._trouble, self._denied_with = Trouble.DENIED, self._credentials()
+            self._trouble, self._denied_with = Trouble.DENIED, sent_with
             what = f"write into experiment {self._spec.tracking.experiment!r}"
             self._error = denial(error, self._store.uri, what) or one_line(error)
         else:
