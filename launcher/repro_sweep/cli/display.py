@@ -51,12 +51,15 @@ class Display:
 
     async def _follow_lines(self) -> None:
         shown: object = None
+        refusal: str | None = None
         due = 0.0
         while True:
             progress = self._progress()
             now = time.monotonic()
             tracking = None if _unfinished(progress) else progress.not_tracked
             state = (dict(progress.counts), tracking, progress.paused, progress.denied)
+            if progress.denied != refusal:  # at once: the command may not run much longer
+                due, refusal = now, progress.denied
             if now >= due and state != shown:
                 for text in filter(None, (line(progress), denied(progress))):
                     print(f"repro-sweep: {text}", file=sys.stderr, flush=True)
