@@ -102,7 +102,7 @@ def test_the_main_job_ends_in_a_ranked_table(finished: subprocess.CompletedProce
     assert "val_accuracy" in table[0]
     assert table[1].split()[0] == "1"
     assert "optimizer_grid: 48 complete; slots" in finished.stdout
-    assert "mlflow ui --backend-store-uri" in finished.stdout
+    assert "see it in a browser: repro-sweep ui optimizer_grid" in finished.stdout
     assert "48 waiting" in finished.stderr
 
 
