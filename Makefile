@@ -12,10 +12,12 @@ SLURM_TESTS := $(wildcard tests/test_slurm*.py) tests/faults/test_slurm_coordina
 sweep: $(VENV)/.ready
 	$(BIN)/repro-sweep +sweep=optimizer_grid
 
-# The tests of clusters and containers wait for their daemons much of the time: one worker runs those of SLURM, another one
-# those of Ray, one those of Docker (tests/conftest.py), while the others use the CPUs.
+# Those of clusters and containers come at the end, each kind by itself: their daemons have deadlines of their own.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -rfEsR --ignore=$(GPU_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(patsubst %,--ignore=%,$(SLURM_TESTS) $(RAY_TESTS) $(DOCKER_TESTS) $(GPU_TESTS))
+	$(MAKE) slurm
+	$(MAKE) ray
+	$(MAKE) docker
 
 # Sweeps on a real SLURM cluster, which is started for them. On a busy machine its daemons miss their own deadlines now
 # and then: a test that fails is run once more, and shown as rerun (tests/conftest.py).

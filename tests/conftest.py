@@ -7,11 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import MakeProject, environment, projects
-from xdist.scheduler import LoadFileScheduling
 
 import repro_sweep
 
@@ -29,43 +27,29 @@ def pytest_configure(config: pytest.Config) -> None:
         compileall.compile_dir(_PACKAGE, quiet=2)
 
 
-_CLUSTERS = ("slurm", "ray", "docker")
+_CLUSTERS = ("test_slurm", "test_ray", "test_docker")
 _LONG = (
     "test_killed", "test_mlflow_away", "test_full_disk", "test_searches", "test_reproduce", "test_export",
-    "test_main_job", "test_tracking", "test_reuse", "test_venv", "test_optuna_sweeper", "test_mlflow_inside",
-    "test_pruned_trials", "test_retries", "test_link", "test_one_coordinator", "test_search_options", "test_testbed",
-    "test_commands", "test_interrupt", "test_front_door", "test_benchmarks", "test_study_again", "test_digits",
+    "test_main_job", "test_team", "test_tracking", "test_reuse", "test_venv", "test_optuna_sweeper",
+    "test_mlflow_inside", "test_pruned_trials", "test_retries", "test_link", "test_one_coordinator",
+    "test_search_options", "test_testbed", "test_ui", "test_commands", "test_interrupt", "test_front_door",
+    "test_benchmarks", "test_study_again", "test_digits",
 )  # fmt: skip
 """Files with minutes of work begin first, so that no worker is left with one of them when the others have ended."""
 
 
-def _group(file: Path) -> str:
-    """What one worker runs: a file, or all that needs Slurm, Ray or Docker: a cluster is a good part of a machine."""
-    return next((kind for kind in _CLUSTERS if file.stem.startswith(f"test_{kind}")), file.stem)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What begins first; tests of clusters may be run once more."""
-    place = {name: order for order, name in enumerate((*_CLUSTERS, *_LONG))}
+    """What begins first. Tests of clusters and containers, whose daemons have deadlines, may be run once more."""
 
     def rank(item: pytest.Item) -> int:
-        group = _group(item.path)
-        return min((order for name, order in place.items() if group.startswith(name)), default=len(place))
+        return next(
+            (order for order, name in enumerate(_LONG) if item.path.stem.startswith(name)), len(_LONG)
+        )
 
     for item in items:
-        if _group(item.path) in _CLUSTERS:
+        if item.path.stem.startswith(_CLUSTERS):
             item.add_marker(pytest.mark.flaky(reruns=1))
     items.sort(key=rank)
-
-
-class _Groups(LoadFileScheduling):
-    def _split_scope(self, nodeid: str) -> str:
-        return _group(Path(nodeid.partition("::")[0]))
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
-    """Which tests go together with ``--dist loadgroup``: pytest 9's workers lose xdist's own groups."""
-    return _Groups(config, log) if config.option.dist == "loadgroup" else None
 
 
 @pytest.fixture(scope="session")
