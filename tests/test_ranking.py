@@ -85,6 +85,12 @@ def test_points_are_ranked_by_their_mean_over_repeats() -> None:
     assert order(rank_points(entries, MINIMIZE)) == "abc"
 
 
+@pytest.mark.parametrize("value", [354 / 359, 0.1, 1e300, -3.3e-7])
+def test_equal_repeats_have_no_spread_at_all(value: float) -> None:
+    (row,) = rank_points([entry(number, "a", value) for number in range(3)], MAXIMIZE)
+    assert (row.mean, row.std) == (value, 0.0)
+
+
 def test_the_best_trial_of_a_point_depends_on_the_direction_and_ties_go_to_the_first() -> None:
     entries = [entry(0, "a", 2.0), entry(1, "a", 1.0), entry(2, "a", 2.0), entry(3, "a", 1.0)]
     assert rank_points(entries, MAXIMIZE)[0].best == 0
