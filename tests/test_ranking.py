@@ -9,12 +9,15 @@ import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import environment
 from omegaconf import OmegaConf
 from tracking_helpers import (
     CONFIG,
@@ -354,6 +357,20 @@ def test_the_config_and_the_artifacts_of_a_trial_need_no_more_than_mlflow(store:
         TrackingError, match=r"trial 1 has no artifact 'model\.pt': it has repro_sweep, trial\.log"
     ):
         trial.artifact("model.pt")
+
+
+def test_no_copy_of_an_artifact_outlives_the_process_that_asked_for_it(store: str, tmp_path: Path) -> None:
+    run_id = trials("grid", uri=store)[1].run_id
+    code = (
+        "import sys; from repro_sweep.results import artifact_of\n"
+        "print(artifact_of(sys.argv[1], 'trial.log', sys.argv[2]).read_text(), end='')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, run_id, store],
+        env=environment({"TMPDIR": str(tmp_path)}), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "log of trial 1\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_best_trial_is_the_best_one_of_the_point_with_the_best_mean(store: str) -> None:

@@ -134,10 +134,9 @@ class Trial:
         )  # fmt: skip
 
     def artifact(self, path: str) -> Path:
-        """A local path of one of its artifacts (or a folder of them), which must not be written to.
+        """A local path of one of its artifacts (or a folder of them): a copy that lasts as long as this process.
 
-        It is the artifact itself where that is a local file, else a copy that lasts as long as this process. What the
-        run of a trial whose result was reused does not have, the run has that it was taken from.
+        What the run of a trial whose result was reused does not have, the run has that it was taken from.
 
         Raises:
             TrackingError: there is no such artifact, or it cannot be had.

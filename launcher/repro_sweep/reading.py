@@ -18,7 +18,6 @@ from typing import Any
 from repro_sweep.errors import TrackingError
 from repro_sweep.redaction import redacted
 from repro_sweep.tracking.store import denial, one_line
-from repro_sweep.tracking.uri import sqlite_path
 
 _PAGE = 1000
 
@@ -33,7 +32,7 @@ def download(run_id: str, path: str, uri: str) -> Path:
 
     try:
         found = mlflow.artifacts.download_artifacts(
-            run_id=run_id, artifact_path=path, tracking_uri=uri, dst_path=copies_of(run_id, uri)
+            run_id=run_id, artifact_path=path, tracking_uri=uri, dst_path=copies_of(run_id)
         )
     except OSError as error:
         raise FileNotFoundError(path) from error
@@ -122,10 +121,8 @@ def reading(uri: str) -> Iterator[None]:
 _temporary: dict[str, str] = {}
 
 
-def copies_of(run_id: str, uri: str) -> str | None:
-    """A folder for copies of a run's artifacts, one for each run; none is needed for local files."""
-    if sqlite_path(uri) is not None:
-        return None
+def copies_of(run_id: str) -> str:
+    """A folder for copies of a run's artifacts, one for each run; MLflow's own would outlive this process."""
     if run_id not in _temporary:
         _temporary[run_id] = tempfile.mkdtemp(prefix="repro-sweep-")
         atexit.register(shutil.rmtree, _temporary[run_id], ignore_errors=True)
