@@ -552,7 +552,8 @@ def test_a_report_reaches_a_server_after_all_trials(
     place = {"run_id": parent.info.run_id, "artifact_path": REPORT, "dst_path": str(tmp_path)}
     assert Path(download_artifacts(tracking_uri=server, **place)).read_text() == "<h1>grid</h1>"
     puts = [path for method, path in proxy.seen if method == "PUT"]
-    assert puts[-1].endswith(REPORT)
+    assert puts[-2].endswith(REPORT)
+    assert puts[-1].endswith("trials.json.gz")  # made of all the rest
     assert sum(path.endswith(REPORT) for path in puts) == 1
 
 
