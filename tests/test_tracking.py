@@ -1121,10 +1121,10 @@ def test_a_short_trial_costs_three_requests_besides_its_artifacts(
     assert calls["runs/log-batch"] == trials + 4  # the sweep's tags, twice, its description and its table
     assert calls["runs/update"] == trials + 1
     assert set(calls) == {"runs/create", "runs/log-batch", "runs/update", "runs/search", "experiments/create"}
-    assert (
-        calls["runs/search"] == 3
-    )  # for the sweep's own run at the beginning and the end, and for the table
+    # for the sweep's own run at the beginning and the end, and for the table
+    assert calls["runs/search"] == 3
     files = Counter(path.rpartition("/artifacts/")[2] for method, path in proxy.seen if method == "PUT")
+    assert files.pop("repro_sweep/trials.json.gz") == 1  # the sweep's own
     assert files == {"repro_sweep/config.yaml": trials, "trial.log": trials}
 
 
