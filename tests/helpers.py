@@ -69,7 +69,9 @@ def quickly(arguments: Sequence[str | Path]) -> list[str | Path]:
     words = list(map(str, arguments))
     runs = bool(words) and words[0].startswith("+sweep=")
     asked = any("sweep.report" in word for word in words)
-    return [*arguments, *(["sweep.report=false"] if runs and not asked else [])]
+    if not runs or asked:
+        return list(arguments)
+    return [arguments[0], "sweep.report=false", *arguments[1:]]  # Hydra's own options come after overrides
 
 
 def free_port() -> int:
