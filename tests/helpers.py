@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import shutil
 import signal
 import socket
@@ -67,7 +68,7 @@ def run(
 def quickly(arguments: Sequence[str | Path]) -> list[str | Path]:
     """The arguments of ``repro-sweep``; a sweep draws no report unless it is asked to: many a test takes no longer."""
     words = list(map(str, arguments))
-    runs = bool(words) and words[0].startswith("+sweep=")
+    runs = bool(words) and re.fullmatch(r"\+sweep=\w+", words[0]) is not None
     asked = any("sweep.report" in word for word in words)
     if not runs or asked:
         return list(arguments)
