@@ -97,9 +97,12 @@ def line(progress: Progress) -> str:
 
 def denied(progress: Progress) -> str | None:
     """What else there is to say while MLflow lets nothing in."""
-    if progress.denied is None:
-        return None
-    return f"{progress.denied}: {runs(progress.not_tracked)} wait, and their results are safe"
+    return None if progress.denied is None else waiting(progress.denied, progress.not_tracked)
+
+
+def waiting(denial: str, left: int) -> str:
+    """That so many runs wait, and why."""
+    return f"{denial}: {runs(left)} wait, and their results are safe"
 
 
 def _done_of(done: int, progress: Progress) -> str:

@@ -142,13 +142,13 @@ def _retries(overview: Overview) -> str:
 
 
 def _mlflow(overview: Overview, name: str) -> str:
-    from repro_sweep.cli.display import runs
+    from repro_sweep.cli.display import runs, waiting
 
     left, uri = overview.not_in_mlflow, overview.mlflow
     if left is None:
         return f"{uri}, a tracker is at work"
     if overview.mlflow_denies is not None and left:
-        return f"{overview.mlflow_denies}: {runs(left)} wait, and their results are safe"
+        return waiting(overview.mlflow_denies, left)
     if not left:
         return f"{uri} has everything"
     if overview.coordinator is not None and overview.coordinator.answers:

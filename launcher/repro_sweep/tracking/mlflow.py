@@ -300,10 +300,12 @@ class MlflowTracker(Tracker):
             return self._denied_with
 
     def _submit_due(self) -> None:
-        if self._trouble is Trouble.DENIED and not self._jobs and self._credentials() != self._denied_with:
-            self._denied_with = self._credentials()
-            _logger.info("the credentials were renewed")
-            self._try_now()
+        if self._trouble is Trouble.DENIED and not self._jobs:
+            present = self._credentials()
+            if present != self._denied_with:
+                self._denied_with = present
+                _logger.info("the credentials were renewed")
+                self._try_now()
         now = self._clock()
         if self._outages and (now < self._closed_until or self._jobs):
             return
@@ -347,6 +349,8 @@ class MlflowTracker(Tracker):
 
     def _submit(self, numbers: list[int], threads: ThreadPoolExecutor) -> None:
         """Start uploads; that they are under way is recorded before."""
+        if not numbers:
+            return
         rows = {number: self._log.get(number) for number in numbers}
         doubts = {
             number: row.unsure or (self._search_first and row.run_id is None) for number, row in rows.items()
@@ -354,8 +358,7 @@ class MlflowTracker(Tracker):
         for row in rows.values():
             row.unsure = True
         self._cleared -= {number for number, doubt in doubts.items() if doubt}
-        if rows:
-            self._log.put(rows.values())
+        self._log.put(rows.values())
         size = _TOGETHER if self._store.embedded else 1
         sent_with = self._credentials()
         for start in range(0, len(numbers), size):
