@@ -269,7 +269,7 @@ def test_a_credentials_file_that_mlflow_could_not_read_is_one_line_without_its_t
         credentials.find("http://h", environ(tmp_path))
     assert "secret" not in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert credentials.account("http://h", environ(tmp_path)) == "this user"
+    assert credentials.known("http://h", environ(tmp_path)).name == "this user"
 
 
 def test_credentials_are_no_part_of_the_record_of_the_environment() -> None:

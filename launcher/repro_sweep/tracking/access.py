@@ -32,6 +32,9 @@ ANSWER_S = 15.0
 """A server that takes connections and is this slow is busy; one that takes none is away."""
 _MOST_BYTES = 1_000_000
 _SAID = 120
+CREATE_RUN = "runs/create"
+MAY = 400
+"""The status by which a server says that a request may be made, and that it lacks what it needs."""
 ELSEWHERE = "sweep.tracking.experiment=… names another experiment"
 
 
@@ -50,6 +53,14 @@ class _Answer:
         except ValueError:
             return None
         return found if isinstance(found, dict) else None
+
+
+def probe(experiment: str) -> dict[str, object]:
+    """What to send to :data:`CREATE_RUN` to learn whether runs may be made in an experiment, without one being made."""
+    return {
+        "experiment_id": experiment,
+        "start_time": "none: only asks for permission",
+    }  # no number, so no run
 
 
 class _Odd(Exception):  # noqa: N818
@@ -125,16 +136,12 @@ class _Check:
                     f"MLflow at {redacted(self._uri)}: experiment {self._experiment!r} was deleted there: restore it;"
                     f" {self._remedy}"
                 )
-            wanted: dict[str, object] = {
-                "experiment_id": str(experiment.get("experiment_id")),
-                "start_time": "none: only asks for permission",  # no number, so no run
-            }
-            answer = self._ask("runs/create", wanted)
+            answer = self._ask(CREATE_RUN, probe(str(experiment.get("experiment_id"))))
         elif there.status == 404 and (found or {}).get("error_code") == "RESOURCE_DOES_NOT_EXIST":
             answer = self._ask("experiments/create", {})  # no name, so no experiment
         else:
             raise _Odd(_told(there))
-        if answer.status != 400:
+        if answer.status != MAY:
             raise _Odd(_told(answer))
 
     def _see_that_tokens_are_known(self, path: str) -> None:

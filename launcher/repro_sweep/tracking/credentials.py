@@ -30,7 +30,8 @@ class Credentials:
     """What is sent with each request.
 
     ``header`` is the value of ``Authorization``, None where there are no credentials. ``user`` is the account's name
-    where it is known. ``foreign``: a plugin of MLflow's signs the requests, so nothing is known of them here.
+    where it is known. ``foreign``: nothing is known of them here, for instance as a plugin of MLflow's
+    signs the requests.
     """
 
     who: str
@@ -42,6 +43,11 @@ class Credentials:
     def name(self) -> str:
         """Whose they are, in a word or two: ``user 'ada'``."""
         return self.who.partition(",")[0].partition(":")[0] if self.user is None else f"user {self.user!r}"
+
+    @property
+    def missing(self) -> bool:
+        """Whether it is known that nobody speaks to the server."""
+        return self.header is None and self.user is None and not self.foreign
 
 
 def find(uri: str, environ: Mapping[str, str] = os.environ) -> Credentials:
@@ -75,11 +81,11 @@ def find(uri: str, environ: Mapping[str, str] = os.environ) -> Credentials:
     return Credentials(who="nobody: there are none")
 
 
-def account(uri: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Who speaks to the server, in words for a message that must never fail: ``user 'ada'``."""
+def known(uri: str, environ: Mapping[str, str] = os.environ) -> Credentials:
+    """What is known of them, for a message that must never fail."""
     with contextlib.suppress(TrackingError):
-        return find(uri, environ).name
-    return "this user"
+        return find(uri, environ)
+    return Credentials(who="this user", foreign=True)
 
 
 def _basic(user: str, password: str) -> str:

@@ -24,7 +24,7 @@ from repro_sweep.tracking import credentials, elsewhere
 from repro_sweep.tracking.base import Answer, AnswerElsewhere, Progress, RunRef, Tracker, Trouble
 from repro_sweep.tracking.description import Board, Standing
 from repro_sweep.tracking.sent import SWEEP, Sent, SentLog
-from repro_sweep.tracking.store import Denied, Gone, Refused, Store, Unavailable, denial, one_line
+from repro_sweep.tracking.store import Denied, Gone, Refused, Store, StoreError, Unavailable, denial, one_line
 from repro_sweep.tracking.upload import (
     REPORT,
     Place,
@@ -529,7 +529,7 @@ class MlflowTracker(Tracker):
             future, answer = each
             try:
                 answer(future.result())
-            except (CancelledError, Unavailable, Denied, Refused, Gone) as error:
+            except (CancelledError, StoreError) as error:
                 answer(one_line(error))
             except Exception as error:
                 _logger.exception("looking for results of other sweeps: a bug")

@@ -25,8 +25,8 @@ from urllib.parse import unquote, urlsplit
 
 from repro_sweep.redaction import redacted
 from repro_sweep.sweep import Data
-from repro_sweep.tracking import encoding
-from repro_sweep.tracking.credentials import account
+from repro_sweep.tracking import access, encoding
+from repro_sweep.tracking.credentials import known
 from repro_sweep.tracking.embedded import SharedTransactions
 from repro_sweep.tracking.encoding import Point, digest
 from repro_sweep.tracking.uri import ARTIFACTS, sqlite_path
@@ -58,7 +58,11 @@ _BUSY = re.compile(r"time.?d? ?out|too many|\b(?:429|504)\b", re.IGNORECASE)
 """What a server says, or is said of it, that is there and has too much to do."""
 
 
-class Unavailable(Exception):  # noqa: N818  (a condition, not a bug)
+class StoreError(Exception):
+    """A request that has failed: a condition, not a bug."""
+
+
+class Unavailable(StoreError):  # noqa: N818
     """The store cannot be reached, is too slow, or broke down; the request may have been done or not."""
 
     @property
@@ -68,7 +72,7 @@ class Unavailable(Exception):  # noqa: N818  (a condition, not a bug)
         return _BUSY.search(text) is not None and "connect timeout" not in text.lower()
 
 
-class Denied(Exception):  # noqa: N818
+class Denied(StoreError):  # noqa: N818
     """The store does not know the credentials (``status`` 401), or does not let their user do this (403).
 
     Both may change while a sweep runs: a token is renewed, a permission is granted. The message says whose they are.
@@ -79,11 +83,11 @@ class Denied(Exception):  # noqa: N818
         self.status = status
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(StoreError):  # noqa: N818
     """The store has understood the request and will not do it, now or later."""
 
 
-class Gone(Exception):  # noqa: N818
+class Gone(StoreError):  # noqa: N818
     """The run does not exist, or was deleted. ``guessed``: the store does not say so, but only denies it."""
 
     def __init__(self, text: str, *, guessed: bool = False) -> None:
@@ -459,16 +463,15 @@ class Store:
 
         client = self._client()
         with _mapped():
-            body = {"experiment_id": experiment, "start_time": "none: only asks for permission"}
             ask: Callable[..., Any] = http_request
             answer = ask(
                 client._tracking_client.store.get_host_creds(),
-                "/api/2.0/mlflow/runs/create",
+                f"/api/2.0/mlflow/{access.CREATE_RUN}",
                 "POST",
-                json=body,
+                json=access.probe(experiment),
                 raise_on_status=False,
             )
-            return bool(answer.status_code == 400)
+            return bool(answer.status_code == access.MAY)
 
     def _go_on(self) -> None:
         if self._stopping:
@@ -630,12 +633,12 @@ def denial(error: BaseException, uri: str, what: str) -> str | None:
     ``what`` is what was to be done, as in ``write into experiment 'x'``.
     """
     status = getattr(error, "status", None) or _DENIALS.get(str(getattr(error, "error_code", "")))
-    if status == 401:
-        found = account(uri)
-        return (
-            f"it {'wants credentials' if 'nobody' in found else f'refuses the credentials of {found}'} (401)"
-        )
-    return f"it does not let {account(uri)} {what} (403)" if status == 403 else None
+    if status not in _DENIALS.values():
+        return None
+    found = known(uri)
+    if status == 403:
+        return f"it does not let {found.name} {what} (403)"
+    return f"it {'wants credentials' if found.missing else f'refuses the credentials of {found.name}'} (401)"
 
 
 def one_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from repro_sweep.tracking.description import Standing
 from repro_sweep.tracking.encoding import Curve, Point
 from repro_sweep.tracking.pages import artifact_page, children_page
 from repro_sweep.tracking.sent import Sent
-from repro_sweep.tracking.store import Denied, Gone, Refused, Store, Unavailable, artifact_name
+from repro_sweep.tracking.store import Denied, Gone, Refused, Store, StoreError, artifact_name
 
 _REPORTS_AT_ONCE = 5000
 _ARTIFACTS = "artifacts"
@@ -141,12 +141,7 @@ def perform(store: Store, uploads: Sequence[Upload]) -> list[Exception | None]:
                 for index, upload in enumerate(uploads):
                     if errors[index] is None:
                         errors[index] = _judged(store, upload, step, _attempt(getattr(upload, step)))
-        except (
-            Unavailable,
-            Denied,
-            Refused,
-            Gone,
-        ) as error:  # the transaction itself: nothing of this step was done
+        except StoreError as error:  # the transaction itself: nothing of this step was done
             for upload, old in zip(uploads, before, strict=True):
                 upload.sent.take(old)
             return [error] * len(uploads)
@@ -169,7 +164,7 @@ def _judged(store: Store, upload: Upload, step: str, error: Exception | None) ->
     try:
         if not store.may_write(upload.place.experiment):
             return error
-    except (Unavailable, Denied, Refused, Gone):
+    except StoreError:
         return error
     return Refused(str(error)) if step == "put_files" else Gone(str(error), guessed=True)
 
