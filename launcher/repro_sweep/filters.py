@@ -19,8 +19,8 @@ import yaml
 
 from repro_sweep.errors import TrackingError
 from repro_sweep.results import Trial, value_of
+from repro_sweep.standings import point_of
 from repro_sweep.states import TrialState
-from repro_sweep.tracking.encoding import canonical
 
 SWEEP = "sweep"
 """Stands for the sweep that a trial belongs to, unless a param has this name."""
@@ -189,7 +189,7 @@ def _means(trials: Iterable[Labelled], metric: str) -> Mapping[tuple[str, str], 
 
 
 def _point(trial: Trial) -> str:
-    return trial.point or canonical(dict(sorted(trial.params.items())))
+    return point_of(trial.point, trial.params)
 
 
 def _parts(text: str) -> list[str]:

@@ -115,7 +115,7 @@ def rank_points(
     """
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in sorted(entries, key=lambda each: each.number):
-        groups.setdefault((entry.sweep, entry.point or _key(entry.params)), []).append(entry)
+        groups.setdefault((entry.sweep, point_of(entry.point, entry.params)), []).append(entry)
     directions = (direction, *more)
     of = constraints if isinstance(constraints, Mapping) else {}
     every = () if isinstance(constraints, Mapping) else constraints
@@ -181,6 +181,22 @@ def mean_and_std(mean: float | None, std: float | None) -> str:
     return f"{text} ± {spread}"
 
 
+def value_text(value: object) -> str:
+    """A param's value as text; a sampler's numbers have up to 17 digits."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def trials_text(trials: Sequence[int], most: int, separator: str = ", ") -> str:
+    """The numbers of trials, ``most`` of them at most: ``0, 1, … (48)``."""
+    shown = separator.join(map(str, trials[:most]))
+    return shown if len(trials) <= most else f"{shown}{separator}… ({len(trials)})"
+
+
+def infeasible_text(row: Row) -> str:
+    """``infeasible: latency_ms 61 > 50``; empty where no constraint is violated."""
+    return f"infeasible: {', '.join(row.infeasible)}" if row.infeasible else ""
+
+
 def incomplete(row: Row) -> str:
     """``1 FAIL, 1 PRUNED (0.7123)``: with the last values of those that were pruned."""
     parts = []
@@ -213,8 +229,9 @@ def usual_direction(metric: str) -> Direction:
     return Direction.MINIMIZE if _SMALLER_IS_BETTER.search(words) else Direction.MAXIMIZE
 
 
-def _key(params: Mapping[str, object]) -> str:
-    return json.dumps(dict(params), sort_keys=True, default=str)
+def point_of(point: str, params: Mapping[str, object]) -> str:
+    """What all trials of a point have in common: its hash, or its params where it has none."""
+    return point or json.dumps(dict(params), sort_keys=True, default=str)
 
 
 def _row(group: Sequence[Entry], directions: Sequence[Direction], constraints: Sequence[Constraint]) -> Row:

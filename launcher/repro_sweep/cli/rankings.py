@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from repro_sweep.standings import Row, columns, incomplete, mean_and_std, reproduced
+from repro_sweep.standings import (
+    Row,
+    columns,
+    incomplete,
+    infeasible_text,
+    mean_and_std,
+    reproduced,
+    trials_text,
+    value_text,
+)
 
+_TRIALS = 5
 _LONG_NUMBER = 10
 """A sampler's numbers have up to 17 digits; JSON and CSV have all of them."""
 
@@ -27,10 +37,10 @@ def table(rows: Sequence[Row], metrics: Sequence[str], *, grouped: bool = False)
         ),
         ("n", [str(row.n) for row in rows]),
         *(_of_groups(rows) if grouped else ()),
-        ("trials", [_numbers(row.trials) for row in rows]),
+        ("trials", [trials_text(row.trials, _TRIALS, ",") for row in rows]),
         *_optional("not complete", [incomplete(row) if row.n < len(row.trials) else "" for row in rows]),
         *_optional("reproduced", [reproduced(row) for row in rows]),
-        *_optional("", [violated(row) for row in rows]),
+        *_optional("", [infeasible_text(row) for row in rows]),
     ]
     lines = [[head for head, _ in columns_of], *zip(*(cells for _, cells in columns_of), strict=True)]
     widths = [max(map(len, (head, *cells))) for head, cells in columns_of]
@@ -49,19 +59,9 @@ def _of_groups(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     return [("points", [str(row.points) for row in rows]), ("best point", best)]
 
 
-def violated(row: Row) -> str:
-    """``infeasible: latency_ms 61 > 50``; empty where no constraint is violated."""
-    return f"infeasible: {', '.join(row.infeasible)}" if row.infeasible else ""
-
-
 def _value(params: Mapping[str, object], name: str) -> str:
     if name not in params:
         return ""
     value = params[name]
     text = str(value)
-    return f"{value:.6g}" if isinstance(value, float) and len(text) > _LONG_NUMBER else text
-
-
-def _numbers(trials: Sequence[int]) -> str:
-    shown = ",".join(map(str, trials[:5]))
-    return shown if len(trials) <= 5 else f"{shown},… ({len(trials)})"
+    return value_text(value) if len(text) > _LONG_NUMBER else text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -18,7 +17,10 @@ from repro_sweep.standings import (
     front_of,
     front_text,
     incomplete,
+    infeasible_text,
     mean_and_std,
+    trials_text,
+    value_text,
 )
 from repro_sweep.states import Direction, TrialState
 
@@ -134,14 +136,19 @@ def _table(findings: Findings) -> list[str]:
         return []
     metrics = [each.metric for each in findings.spec.all_objectives]
     params = columns(findings.rows)
-    remarks = [_remark(row) for row in rows]
+    remarks = [infeasible_text(row) for row in rows]
     head = ["#", *metrics, "n", "states", "trials", *(["remarks"] if any(remarks) else []), *params]
     lines = [f"<tr>{''.join(f'<th>{escape(each)}</th>' for each in head)}</tr>"]
     for row, remark in zip(rows, remarks, strict=True):
         cells = ["-" if row.rank is None else str(row.rank)]
         cells += map(mean_and_std, row.means, row.stds)
-        cells += [str(row.n), _states(row), _numbers(row.trials), *([remark] if any(remarks) else [])]
-        cells += [_value(row.params[name]) if name in row.params else "" for name in params]
+        cells += [
+            str(row.n),
+            _states(row),
+            trials_text(row.trials, _TRIALS),
+            *([remark] if any(remarks) else []),
+        ]
+        cells += [value_text(row.params[name]) if name in row.params else "" for name in params]
         lines.append(f"<tr>{''.join(map(_cell, cells))}</tr>")
     more = len(findings.rows) - len(rows)
     notes = [f"{more:,} more: repro-sweep rank {findings.spec.name}"] if more else []
@@ -155,17 +162,9 @@ def _table(findings: Findings) -> list[str]:
     ]
 
 
-def _remark(row: Row) -> str:
-    return f"infeasible: {', '.join(row.infeasible)}" if row.infeasible else ""
-
-
 def _states(row: Row) -> str:
     complete = row.states[TrialState.COMPLETE]
     return ", ".join(filter(None, [f"{complete} COMPLETE" if complete else "", incomplete(row)]))
-
-
-def _value(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _cell(text: str) -> str:
@@ -173,11 +172,6 @@ def _cell(text: str) -> str:
         text = f"{text[: 2 * _CELL]}…"
     kind = ' class="long"' if len(text) > _CELL // 2 else ""
     return f"<td{kind}>{escape(text)}</td>"
-
-
-def _numbers(trials: Sequence[int]) -> str:
-    shown = ", ".join(map(str, trials[:_TRIALS]))
-    return shown if len(trials) <= _TRIALS else f"{shown}, … ({len(trials)})"
 
 
 def _section(figure: Figure, number: int, *, with_library: bool) -> str:

@@ -22,6 +22,8 @@ from repro_sweep.standings import (
     front_text,
     mean_and_std,
     rank_points,
+    trials_text,
+    value_text,
 )
 from repro_sweep.states import TrialState
 from repro_sweep.sweep import SweepSpec
@@ -36,6 +38,7 @@ _LEAST = 200
 _SHOWN = (10, 5, 2, 0)
 _COLUMNS = 8
 _CELL = 40
+_TRIALS = 5
 _GAP = "&emsp;"
 _FEW = 100
 """Of more changed trials than this, the attempts of all are read at once."""
@@ -161,8 +164,8 @@ def _table(spec: SweepSpec, standing: Standing, shown: int) -> str:
     for row in rows:
         cells = ["-" if row.rank is None else str(row.rank), *map(mean_and_std, row.means, row.stds)]
         cells.append(str(row.n))
-        cells += [_value(row.params[name]) if name in row.params else "" for name in kept]
-        lines.append(_line([*cells, _numbers(row.trials)]))
+        cells += [value_text(row.params[name]) if name in row.params else "" for name in kept]
+        lines.append(_line([*cells, trials_text(row.trials, _TRIALS)]))
     more = []
     if standing.points > len(rows):
         more.append(f"{standing.points - len(rows):,} more points: `repro-sweep rank {_code(spec.name)}`")
@@ -179,15 +182,6 @@ def _line(cells: Sequence[str]) -> str:
     """A row of a table; MLflow's pages have nothing between columns, and would break values that have spaces."""
     shown = (escaped(cell).replace(" ", "\N{NO-BREAK SPACE}") for cell in cells)
     return f"| {f'{_GAP} | '.join(shown)}{_GAP} |"
-
-
-def _value(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _numbers(trials: Sequence[int]) -> str:
-    shown = ", ".join(map(str, trials[:5]))
-    return shown if len(trials) <= 5 else f"{shown}, … ({len(trials)})"
 
 
 def _code(text: str) -> str:
