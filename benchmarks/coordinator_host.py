@@ -15,16 +15,16 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from benchmarks import made
 from repro_sweep import protocol
 from repro_sweep.coordinator import Coordinator
 from repro_sweep.executors.base import ALIVE, Executor, WorkerState, WorkerStatus
 from repro_sweep.lease import Lease
 from repro_sweep.ledger import Ledger
 from repro_sweep.progress import Progress
-from repro_sweep.records import NewTrial, now
+from repro_sweep.records import NewTrial
 from repro_sweep.server import Server
-from repro_sweep.states import Direction, TrialState
-from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
+from repro_sweep.states import TrialState
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 _LOOK_S = 0.01
@@ -103,20 +103,6 @@ class Nothing:
         return protocol.Beat()
 
 
-def sweep(directory: Path) -> SweepSpec:
-    """The record of a sweep that a crowd runs."""
-    return SweepSpec(
-        sweep_id="crowd", name="crowd", directory=str(directory),
-        task=TaskSpec(module="task", qualname="train", cwd=str(directory)),
-        composition=Composition(
-            config_name="config", search_path=(), hydra_overrides=(), job_name="task", version_base="1.3"
-        ),
-        resources=Resources(), tracking=Tracking(uri="sqlite:///:memory:", experiment="crowd"),
-        origin=Origin.here("crowd", git_commit=None, git_dirty=None), metric="value", direction=Direction.MAXIMIZE,
-        executor_name="local", executor={}, sampler="grid", max_failures=None, log_limit_mb=1.0, created_at=now(),
-    )  # fmt: skip
-
-
 def trial(number: int) -> NewTrial:
     """One of its trials."""
     return NewTrial(
@@ -127,7 +113,7 @@ def trial(number: int) -> NewTrial:
 
 def fill(directory: Path, trials: int) -> Ledger:
     """The ledger of a sweep with so many trials, none of which has begun."""
-    ledger = Ledger.create(directory, sweep(directory))
+    ledger = Ledger.create(directory, made.record(directory))
     ledger.add_trials(map(trial, range(trials)))
     ledger.commit()
     return ledger

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import made
 from benchmarks.harness import BenchmarkError
 from benchmarks.report import Table, Target, number
 from repro_sweep.records import Attempt, Trial
-from repro_sweep.states import Direction, TrialState
-from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
+from repro_sweep.states import TrialState
+from repro_sweep.sweep import SweepSpec, Tracking
 from repro_sweep.tracking import encoding
 from repro_sweep.tracking.sent import SWEEP, Sent
 from repro_sweep.tracking.store import Store
@@ -175,16 +176,9 @@ def filled(folder: Path, trials: int, sweeps: int) -> Iterator[Filled]:
 
 
 def _spec(folder: Path, uri: str) -> SweepSpec:
-    return SweepSpec(
-        sweep_id=uuid.uuid4().hex, name=_NAME, directory=str(folder / "sweep"),
-        task=TaskSpec(module="study", qualname="train", cwd="/"),
-        composition=Composition(
-            config_name="config", search_path=(), hydra_overrides=(), job_name="study", version_base=None
-        ),
-        resources=Resources(), tracking=Tracking(uri=uri, experiment="study"),
-        origin=Origin(user="ada", host="login", command="repro-sweep +sweep=grid"), metric="accuracy",
-        direction=Direction.MAXIMIZE, executor_name="slurm", executor={}, sampler="grid", max_failures=None,
-        log_limit_mb=1.0, created_at=_START_MS / 1000, repeats=("seed",),
+    return made.record(
+        folder / "sweep", sweep_id=uuid.uuid4().hex, name=_NAME, metric="accuracy", repeats=("seed",),
+        tracking=Tracking(uri=uri, experiment="study"), created_at=_START_MS / 1000,
     )  # fmt: skip
 
 

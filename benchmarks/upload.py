@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import sys
 import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import harness, upload_clients
+from benchmarks import harness, made, upload_clients
 from benchmarks.harness import BenchmarkError
 from benchmarks.report import OURS, Table, Target, number
 from benchmarks.upload_clients import METRICS, PARAMS, STEPS
@@ -19,7 +18,6 @@ from repro_sweep.exchange import LOG_NAME, RECORD_NAME
 from repro_sweep.ledger import Ledger
 from repro_sweep.records import Attempt, NewReport, NewTrial, Outcome
 from repro_sweep.states import Direction, TrialState
-from repro_sweep.sweep import Composition, Origin, Resources, SweepSpec, TaskSpec, Tracking
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from team_server import TeamServer, postgres, team_server
@@ -170,28 +168,13 @@ def _check(server: TeamServer, experiment: str, trials: int) -> None:
 def _ledger(folder: Path, uri: str, trials: int) -> None:
     """A sweep whose trials are over, as its coordinator leaves it."""
     now = time.time()
-    spec = SweepSpec(
+    spec = made.record(
+        folder,
+        uri=uri,
         sweep_id=uuid.uuid4().hex,
-        name=folder.name,
-        directory=str(folder),
-        task=TaskSpec(module="task", qualname="train", cwd="/"),
-        composition=Composition(
-            config_name="config", search_path=(), hydra_overrides=(), job_name="task", version_base=None
-        ),
-        resources=Resources(),
-        tracking=Tracking(uri=uri, experiment=folder.name),
-        origin=Origin(
-            user="bench", host=socket.gethostname(), command="repro-sweep +sweep=bench", git_commit=None
-        ),
         metric=METRICS[0],
         direction=Direction.MINIMIZE,
-        executor_name="local",
-        executor={},
-        sampler="grid",
-        max_failures=None,
-        log_limit_mb=1.0,
         created_at=now,
-        repeats=(),
     )
     ledger = Ledger.create(folder, spec)
     for each in range(trials):

@@ -29,7 +29,15 @@ from repro_sweep.redaction import redacted
 from repro_sweep.states import Direction, FailureKind, TrialState, Verdict
 from repro_sweep.sweep import Constraint, Objective
 from repro_sweep.tracking import table
-from repro_sweep.tracking.encoding import BY_START, PREFIX, RECORD_ARTIFACT, restored, safe_key, trials_of
+from repro_sweep.tracking.encoding import (
+    BY_START,
+    PREFIX,
+    RECORD_ARTIFACT,
+    own_tags,
+    restored,
+    safe_key,
+    trials_of,
+)
 from repro_sweep.tracking.store import read_artifact
 from repro_sweep.tracking.uri import (
     EMBEDDED,
@@ -269,8 +277,7 @@ def tags_of_trials(sweep: Sweep) -> dict[int, dict[str, str]]:
         client = client_of(sweep.uri)
         found = {}
         for run in runs_of(client, [sweep.experiment_id], trials_of(sweep.run_id)):
-            tags = run.data.tags
-            own = {key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)}
+            own = own_tags(run.data.tags)
             found[int(own["trial"])] = own
         return found
 
@@ -282,8 +289,7 @@ def tags_of(run_id: str, uri: str) -> dict[str, str]:
         TrackingError: the store cannot be read.
     """
     with reading(uri):
-        tags = client_of(uri).get_run(run_id).data.tags
-        return {key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)}
+        return own_tags(client_of(uri).get_run(run_id).data.tags)
 
 
 def note_verdict(trial: Trial, verdict: Verdict, again: str | None) -> None:

@@ -256,6 +256,11 @@ def provenance_tags(record: str) -> dict[str, str]:
         return {}
 
 
+def own_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags of a run that repro-sweep has set, without their prefix."""
+    return {key.removeprefix(PREFIX): value for key, value in tags.items() if key.startswith(PREFIX)}
+
+
 def trials_of(parent_run: str) -> str:
     """The condition by which the runs of a sweep's trials are found below the sweep's own run."""
     return f"tags.`mlflow.parentRunId` = '{parent_run}' and tags.`{PREFIX}kind` = 'trial'"

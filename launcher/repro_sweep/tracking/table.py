@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from repro_sweep.tracking.encoding import FOLDER, PREFIX, canonical, restored, safe_key
+from repro_sweep.tracking.encoding import FOLDER, PREFIX, canonical, own_tags, restored, safe_key
 
 ARTIFACT = f"{FOLDER}/trials.json.gz"
 TAG = f"{PREFIX}table"
@@ -98,7 +98,7 @@ def rows_of(runs: Iterable[Any], record: Callable[[Any], Mapping[str, Any]]) -> 
 
 def row_of(run: Any, record: Callable[[Any], Mapping[str, Any]]) -> Row:
     """What a run says about its trial."""
-    tags = {key.removeprefix(PREFIX): value for key, value in run.data.tags.items() if key.startswith(PREFIX)}
+    tags = own_tags(run.data.tags)
     kept = ("params", "repeat", "overrides")
     long = any(tags[key].startswith(_LONG) for key in kept)
     said = record(run) if long else {key: json.loads(tags[key]) for key in kept}
